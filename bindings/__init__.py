@@ -1,0 +1,8 @@
+"""torch.library operators over the kernels: schema, fake, autograd and dispatch by device."""
+
+from fastproj.bindings import combine as combine
+from fastproj.bindings import edge as edge
+from fastproj.bindings import gram as gram
+from fastproj.bindings._library import OPERATORS, Backend, backend_for
+
+__all__ = ["OPERATORS", "Backend", "backend_for"]

@@ -1,0 +1,1 @@
+"""Debiasing methods: thin classes over the projections and the capture."""

@@ -1,0 +1,291 @@
+"""EDGE as a training loop uses it: attach, loss, backward, project, step."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.bindings.edge import EdgeStats, edge_
+from fastproj.capture import Capture, Obstacle, select_parameters
+from fastproj.capture.attach import at_end_of_backward
+from fastproj.capture.second_set import SecondSet
+from fastproj.methods._edge_options import EdgeOptions
+from fastproj.methods.gce import CrossEntropy, cross_entropy
+from fastproj.methods.lagged import LaggedRatio
+from fastproj.methods.second_forward import SecondForward
+from fastproj.reference.segments import Segments, segmentation
+
+if TYPE_CHECKING:
+    from fastproj.integrations.trainer import EdgeCallback
+
+
+class EDGE:
+    """``G_EDGE = (1 + α|g| / (2|e|)) e − (α/2) g`` in ``.grad`` after one ordinary backward pass.
+
+    e is the gradient of cross entropy, ``g = Σ_i p_i^q g_i`` that of generalised cross entropy (GCE), whose
+    sample weights ``p_i^q`` are known once the loss is::
+
+        edge = EDGE(model, alpha=0.5, q=0.7)
+        loss = edge.loss(model(**inputs).logits, labels)
+        loss.backward()
+        edge.project_()            # before unscaling or clipping
+        optimizer.step()
+
+    Args:
+        model: a PEFT model, or any module with trainable Linear, Embedding and LayerNorm layers.
+        alpha: strength of the projection.
+        q: exponent of the GCE loss, in (0, 1].
+        segments, variant: as in :func:`fastproj.edge`. ``"released"`` also scales the GCE loss by q, as
+            the authors' code does.
+        params: ``"lora"`` projects the adapters' gradients, ``"trainable"`` every trainable parameter's.
+        passes: ``"one"`` takes both gradients from one backward pass and raises, naming the module, where
+            samples cannot be told apart; ``"two"`` runs a second backward pass over the same forward;
+            ``"auto"`` takes one where it can and otherwise warns once and takes two.
+        weight: for token labels, ``"sequence"`` weighs a sequence by the geometric mean of its tokens'
+            probabilities, ``"token"`` every token by its own, which needs two passes: under attention
+            tokens meet before the layers do.
+        dropout: ``"shared"`` takes both gradients from one forward pass and so under the same masks;
+            ``"independent"`` runs a second forward with fresh masks, as published: with dropout the
+            cosine of e and g drops, and with it what the projection sees.
+        ratio: ``"exact"``, or ``"lagged"``: |g|/|e| from the step before, with no second gradient set in
+            memory (paper's form only; global, tensor or listed segments). The first step is exact.
+        shift: hold logits at t against labels at t+1. By default decided by the model: causal language
+            models shift.
+        on_nonfinite: as in :func:`fastproj.edge`.
+
+    Gradient accumulation, checkpointing, dropout, autocast and loss scaling work as they do without it:
+    call :meth:`project_` once, after the last ``backward()`` and before ``unscale_`` and clipping.
+    A context manager; :meth:`detach` leaves the model as it was found.
+
+    Raises ValueError for options that are unknown or do not go together, and for a model with nothing to
+    project.
+
+    Source: Li et al., CCL 2025, eq. 5-12; GCE: Zhang & Sabuncu 2018. One pass, lagged ratio: ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float = 1.0,
+        q: float = 0.7,
+        *,
+        segments: Segments = "global",
+        variant: str = "paper",
+        params: str = "lora",
+        passes: str = "one",
+        weight: str = "sequence",
+        dropout: str = "shared",
+        ratio: str = "exact",
+        shift: bool | None = None,
+        on_nonfinite: str = "propagate",
+    ) -> None:
+        self.options = EdgeOptions(
+            alpha, q, segments, variant, params, passes, weight, dropout, ratio, shift, on_nonfinite
+        ).resolved(model)
+        self.stats: EdgeStats | None = None
+        self.weights: Tensor | None = None
+        self._second_set = SecondSet()
+        self._parameters = select_parameters(model, params)
+        self._lagged = self._make_lagged() if ratio == "lagged" else None
+        self._second_forward = SecondForward(model) if dropout == "independent" else None
+        self._capture = Capture(model, self._parameters)
+        self._versions: dict[nn.Parameter, int] = {}
+        self._watch = [
+            p.register_post_accumulate_grad_hook(self._remember_version)
+            for p in list(self._parameters.values())[:1]
+        ]
+        if self.options.passes == "one" and self._capture.static_obstacles:
+            self.detach()
+            raise _cannot_see(self._capture.static_obstacles)
+
+    def loss(self, logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
+        """Mean cross entropy over labels that are not −100 (or their sum over ``num_items``).
+
+        logits (B, C) with labels (B,), or (B, T, V) with (B, T). Its ``backward()`` also forms the second
+        gradient set. Under no_grad it is plain cross entropy. ``weights`` then holds ``p_y^q``.
+        """
+        terms = self._terms(logits, labels)
+        loss = terms.total(num_items)
+        if not loss.requires_grad:
+            return loss
+        self.weights = self._scale * terms.sample_weights(self.options.q)
+        if self._goes_in_one_pass(loss, labels.shape[0]):
+            self._close_for_one_pass(loss)
+        else:
+            self._close_for_two_passes(loss, terms, labels, num_items)
+        return loss
+
+    def compute_loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """For ``Trainer(compute_loss_func=...)``: :meth:`loss`, and the projection when its backward ends.
+
+        Projects at the step at which accelerate synchronises gradients, so after the last micro-batch and
+        before clipping.
+        """
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        loss = self.loss(logits, labels, num_items=num_items_in_batch)
+        if loss.requires_grad:
+            loss.register_hook(self._project_at_end)
+        return loss
+
+    @torch.no_grad()
+    def project_(self) -> EdgeStats:
+        """Replace the gradients in ``.grad`` by ``G_EDGE``; returns what was seen, still on the device.
+
+        Raises RuntimeError where no gradient has been computed since the last projection, where ``.grad``
+        was changed in between (unscaled, clipped), or where a parameter got its gradient past the capture.
+        """
+        self._check_untouched()
+        if self._lagged is not None and self._lagged.ready:
+            self.stats = self._lagged.finish()
+        else:
+            self.stats = self._project_exact()
+            if self._lagged is not None:
+                self._lagged.learn(self.stats)
+        self._second_set.clear()
+        self._versions.clear()
+        return self.stats
+
+    def callback(self) -> EdgeCallback:
+        """A ``TrainerCallback`` that adds cosine and bias share to the trainer's logs."""
+        from fastproj.integrations.trainer import EdgeCallback
+
+        return EdgeCallback(self)
+
+    def detach(self) -> None:
+        """Leave the model as it was found; the engine is of no further use."""
+        self._capture.detach()
+        if self._second_forward is not None:
+            self._second_forward.detach()
+        for handle in self._watch:
+            handle.remove()
+        self._second_set.clear()
+
+    def __enter__(self) -> EDGE:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def _scale(self) -> float:
+        """The released code's amplified loss is ``q p_y^q CE``."""
+        return self.options.q if self.options.variant == "released" else 1.0
+
+    def _terms(self, logits: Tensor, labels: Tensor) -> CrossEntropy:
+        return cross_entropy(logits, labels, shift=bool(self.options.shift) and logits.dim() == 3)
+
+    def _make_lagged(self) -> LaggedRatio:
+        plan = segmentation(list(self._parameters.values()), self.options.segments)
+        segment_of = dict(zip(self._parameters.values(), plan.first, strict=True))
+        return LaggedRatio(segment_of, plan.count, self.options.alpha)
+
+    def _goes_in_one_pass(self, loss: Tensor, batch: int) -> bool:
+        if self.options.passes == "two":
+            return False
+        obstacles = self._capture.obstacles(loss, batch)
+        if not obstacles:
+            return True
+        if self.options.passes == "one":
+            self._capture.close(loss, None, None)
+            raise _cannot_see(obstacles)
+        warnings.warn(f"EDGE takes two backward passes: {_describe(obstacles)}", stacklevel=3)
+        self.options = self.options.with_two_passes()
+        return False
+
+    def _close_for_one_pass(self, loss: Tensor) -> None:
+        self._second_set.begin()
+        lagged = self._lagged
+        consume = lagged.consume if lagged is not None and lagged.ready else self._keep_second
+        self._capture.close(loss, self.weights, consume)
+
+    def _keep_second(self, parameter: nn.Parameter, plain: Tensor, weighted: Tensor) -> Tensor:
+        self._second_set.add(parameter, weighted)
+        return plain
+
+    def _close_for_two_passes(
+        self, loss: Tensor, terms: CrossEntropy, labels: Tensor, num_items: Tensor | int | None
+    ) -> None:
+        self._capture.close(loss, None, None)
+        if self._second_forward is not None:
+            logits = self._second_forward.logits()
+            terms = self._terms(logits, labels)
+        by_token = self.options.weight == "token" and terms.terms.dim() > 1
+        weights = terms.token_weights(self.options.q) if by_token else terms.sample_weights(self.options.q)
+        self.weights = self._scale * weights
+        gce = terms.gce(self.weights, num_items)
+        self._capture.close(gce, None, None)
+
+        def second_backward(grad: Tensor) -> None:
+            # Inside the first backward, so that loss scaling and accumulation reach both sets alike.
+            self._second_set.begin()
+            chosen = list(self._parameters.values())
+            sums = torch.autograd.grad(gce, chosen, grad.to(gce.dtype), retain_graph=True, allow_unused=True)
+            for parameter, weighted in zip(chosen, sums, strict=True):
+                if weighted is not None:
+                    self._second_set.add(parameter, weighted)
+
+        loss.register_hook(second_backward)
+
+    def _project_exact(self) -> EdgeStats:
+        erm: list[Tensor | None] = []
+        gce: list[Tensor | None] = []
+        for name, parameter in self._parameters.items():
+            plain, weighted = parameter.grad, self._second_set.get(parameter)
+            if (plain is None) != (weighted is None):
+                where = (
+                    "outside the captured layers"
+                    if weighted is None
+                    else "that was dropped before project_()"
+                )
+                raise RuntimeError(f"{name!r} got a gradient {where}")
+            erm.append(plain)
+            gce.append(weighted)
+        if all(plain is None for plain in erm):
+            raise RuntimeError(
+                "project_() found no gradient: call backward() on the loss of this engine first"
+            )
+        o = self.options
+        return edge_(
+            erm, gce, alpha=o.alpha, segments=o.segments, variant=o.variant, on_nonfinite=o.on_nonfinite
+        )
+
+    def _project_at_end(self, _: Tensor) -> None:
+        from accelerate.state import GradientState
+
+        if GradientState().sync_gradients:
+            at_end_of_backward(self._project_once)
+
+    def _project_once(self) -> None:
+        self.project_()
+
+    def _remember_version(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            self._versions[parameter] = parameter.grad._version
+
+    def _check_untouched(self) -> None:
+        for parameter, version in self._versions.items():
+            if parameter.grad is not None and parameter.grad._version != version:
+                raise RuntimeError(
+                    "gradients were changed between backward() and project_(): project first, then "
+                    "unscale, clip and step"
+                )
+
+
+def _describe(obstacles: list[Obstacle]) -> str:
+    shown = "; ".join(str(obstacle) for obstacle in obstacles[:3])
+    return shown + (f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else "")
+
+
+def _cannot_see(obstacles: list[Obstacle]) -> ValueError:
+    return ValueError(
+        f"one backward pass cannot tell samples apart at {_describe(obstacles)}; passes='two' or "
+        "passes='auto' takes a second backward pass"
+    )

@@ -1,0 +1,1 @@
+"""Triton device code and its plain launchers. Imports torch and triton only, and only when asked for."""
