@@ -3,6 +3,8 @@
 from fastproj.bindings import combine as combine
 from fastproj.bindings import edge as edge
 from fastproj.bindings import gram as gram
+from fastproj.bindings import per_sample_grad as per_sample_grad
+from fastproj.bindings import weighted_grad as weighted_grad
 from fastproj.bindings._library import OPERATORS, Backend, backend_for
 
 __all__ = ["OPERATORS", "Backend", "backend_for"]

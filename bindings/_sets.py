@@ -50,7 +50,7 @@ def gradient_sets(
     if len(set(lengths)) > 1:
         described = ", ".join(f"{name} has {length}" for name, length in zip(names, lengths, strict=True))
         raise ValueError(f"gradient sets must have the same number of shards: {described}")
-    present = tuple(i for i in range(lengths[0]) if _check_position(i, [s[i] for s in sets], names))
+    present = tuple([i for i, at in enumerate(zip(*sets, strict=True)) if _fit(at) or _check(i, at, names)])
     plan = segmentation(sets[0], segments)
     shards = [cast(Tensor, s[i]) for s in sets for i in present]
     if len({shard.device for shard in shards}) > 1:
@@ -65,7 +65,22 @@ def _as_list(shards: Sequence[Tensor | None], name: str) -> list[Tensor | None]:
     return list(shards)
 
 
-def _check_position(index: int, shards: Sequence[Tensor | None], names: Sequence[str]) -> bool:
+def _fit(shards: Sequence[Tensor | None]) -> bool:
+    """Whether the shards at one position are all there and fit each other: the quick way through."""
+    head = shards[0]
+    if not isinstance(head, Tensor):
+        return False
+    shape = head.shape
+    return all(
+        isinstance(shard, Tensor)
+        and shard.shape == shape
+        and shard.dtype in SHARD_DTYPES
+        and shard.layout == torch.strided
+        for shard in shards
+    )
+
+
+def _check(index: int, shards: Sequence[Tensor | None], names: Sequence[str]) -> bool:
     """Whether shard ``index`` is there in every set; raises where the sets do not fit each other."""
     for shard, name in zip(shards, names, strict=True):
         if shard is None:

@@ -75,7 +75,10 @@ class Work:
 def prepare(
     lists: Sequence[Sequence[Tensor]], first: Sequence[int], rows: bool, count: int, chunk: int
 ) -> Work:
-    """The work list over ``lists`` of n contiguous tensors each: the sets, and the output if there is one."""
+    """The work list over ``lists`` of n contiguous tensors each: the sets, and the output if there is one.
+
+    It holds their addresses and not the tensors, which the caller keeps alive until the launches are queued.
+    """
     shapes = tuple(_row_shape(shard, rows) for shard in lists[0])
     addresses = tuple(tuple(shard.data_ptr() for shard in shards) for shards in lists)
     dtypes = tuple(zip(*((shard.dtype for shard in shards) for shards in lists), strict=True))

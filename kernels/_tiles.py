@@ -77,7 +77,7 @@ def zeros(COUNT: tl.constexpr, LENGTH: tl.constexpr, DTYPE: tl.constexpr):
     """A tuple of COUNT zero vectors."""
     out = ()
     for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros([LENGTH], DTYPE),)
+        out = out + (tl.full([LENGTH], 0.0, DTYPE),)
     return out
 
 
@@ -235,7 +235,7 @@ def split_coefficient(coefficient, ACC: tl.constexpr):
 @triton.jit
 def weighted_sum(pointers, factors, powers, offsets, mask, MASKED: tl.constexpr, ACC: tl.constexpr):
     """``Σ_k c_k x_k``; a set whose coefficient is exactly 0 is not read."""
-    total = tl.zeros(offsets.shape, ACC)
+    total = tl.full(offsets.shape, 0.0, ACC)
     for k in tl.static_range(len(pointers)):
         used = tl.broadcast_to(factors[k], offsets.shape) != 0
         if MASKED:
@@ -243,8 +243,16 @@ def weighted_sum(pointers, factors, powers, offsets, mask, MASKED: tl.constexpr,
         tile = tl.load(pointers[k] + offsets, mask=used, other=0.0).to(ACC)
         if ACC == tl.float32:
             tile = tile * powers[k]
-        total += tl.where(used, tile * factors[k], 0.0)
+        total += tile * factors[k]
     return total
+
+
+@triton.jit
+def rounded(tile, DTYPE: tl.constexpr):
+    """The tile in DTYPE; fp64 goes to half precision by way of fp32, the one road that all backends know."""
+    if tile.dtype == tl.float64 and DTYPE != tl.float64:
+        tile = tile.to(tl.float32)
+    return tile.to(DTYPE)
 
 
 @triton.jit
@@ -261,11 +269,11 @@ def combine_flat(target, pointers, coefficients, length, CHUNK: tl.constexpr, AC
     for start in range(0, full, CHUNK):
         at = start + offsets
         total = weighted_sum(pointers, factors, powers, at, None, False, ACC)
-        tl.store(target + at, total.to(target.dtype.element_ty))
+        tl.store(target + at, rounded(total, target.dtype.element_ty))
     if full < length:
         tail = full + offsets
         total = weighted_sum(pointers, factors, powers, tail, tail < length, True, ACC)
-        tl.store(target + tail, total.to(target.dtype.element_ty), mask=tail < length)
+        tl.store(target + tail, rounded(total, target.dtype.element_ty), mask=tail < length)
 
 
 @triton.jit
@@ -283,4 +291,4 @@ def combine_rows(
     for column in range(0, width, COLUMNS):
         at, mask = row_offsets(row, column, length, width, ROWS, COLUMNS)
         total = weighted_sum(pointers, factors, powers, at, mask, True, ACC)
-        tl.store(target + at, total.to(target.dtype.element_ty), mask=mask)
+        tl.store(target + at, rounded(total, target.dtype.element_ty), mask=mask)

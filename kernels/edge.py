@@ -137,8 +137,9 @@ def edge(
     Two launches per dtype signature and alignment, and the host waits for neither. ``out`` may be ``erm``
     itself. "released" takes the row segmentation; the tensor of a row is its shard.
     """
-    written = contiguous(out)
-    work = prepare([contiguous(erm), contiguous(gce), written], first, rows, count, CHUNK)
+    # The work list holds addresses alone: these names keep the copies of strided shards alive.
+    sets, written = [contiguous(erm), contiguous(gce)], contiguous(out)
+    work = prepare([*sets, written], first, rows, count, CHUNK)
     gram = torch.empty(count, 2, 2, dtype=torch.float64, device=out[0].device)
     coefficients = torch.empty(count, 2, dtype=torch.float64, device=out[0].device)
     with on_device(gram):

@@ -35,8 +35,8 @@ TILES = {
     4: (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
     8: (Tile(16, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
-# Two programs for each of the 132 processors of the largest common GPU. A constant, so that the order of
-# the sum, and with it every bit of the result, is the same on every device.
+# Two programs for each of the 132 processors of an H100. A constant, so that the order of the sum does not
+# depend on the device.
 PROGRAMS = 264
 # A split writes a partial result; with fewer tokens than this it would write more than it reads.
 TOKENS_PER_SPLIT = 256
@@ -213,7 +213,7 @@ def positions_per_split(positions: int, tiles: int, step: int) -> int:
 def product_options(dtype: torch.dtype, tile: Tile) -> dict[str, object]:
     """The options that a tile and the dtype of the product set, as keyword arguments of a kernel."""
     # The interpreter multiplies the bit patterns of bf16; products of bf16 in fp32 are the same numbers.
-    interpreted = triton.knobs.runtime.interpret and dtype == torch.bfloat16
+    interpreted = dtype == torch.bfloat16 and not isinstance(weighted_sum_kernel, triton.JITFunction)
     return {
         "BLOCK_ROWS": tile.rows,
         "BLOCK_WIDE": tile.wide,

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastproj.reference.segments import Segmentation, Segments, segmentation
+from fastproj.bindings._library import implementation
+from fastproj.reference.segments import Segmentation, Segments, per_element, row_shape, segmentation
 
 # Compiled on a GPU, under triton's interpreter elsewhere.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,25 +22,29 @@ TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if DEVICE.type == "cuda"
 PATHS = ("cpu", TRITON, "public")
 KERNELS = ("cpu", TRITON)
 
-# LoRA factors, biases, scalars, rows just below and above the width where rows share a program, empty ones.
+# LoRA factors, biases, scalars, rows on either side of the width below which they share a program, shards and
+# rows of several blocks, empty ones.
 SHAPES = (
-    (16, 33),
-    (40, 16),
-    (16, 700),
-    (5,),
-    (2, 3, 4),
-    (),
-    (1,),
-    (1500,),
-    (0, 4),
-    (3, 0),
-    (0,),
-    (7, 511),
-    (1, 9),
+    *(
+        (16, 33),
+        (40, 16),
+        (16, 700),
+        (5,),
+        (2, 3, 4),
+        (),
+        (1,),
+        (1500,),
+        (0, 4),
+        (3, 0),
+        (0,),
+        (7, 511),
+        (1, 9),
+    ),
+    *((70, 130), (2, 5000), (300, 3)),
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Family:
     """K gradient sets of n shards and the segments to take them by."""
 
@@ -53,6 +58,17 @@ class Family:
     @property
     def plan(self) -> Segmentation:
         return segmentation(self.sets[0], self.segments)
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes: a falsifying example is read, not pasted."""
+        sets = [
+            [(tuple(s.shape), str(s.dtype).removeprefix("torch.")) for s in shards] for shards in self.sets
+        ]
+        return f"Family({sets}, segments={self.segments!r})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What hypothesis prints of a dataclass otherwise is every field in full."""
+        printer.text(repr(self))
 
 
 def random_sets(
@@ -83,6 +99,16 @@ def strided(shards: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack([shard, torch.full_like(shard, 7.0)], dim=-1)[..., 0] for shard in shards]
 
 
+def packed(shards: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as views into one flat buffer, off any alignment, as gradients lie in buckets."""
+    buffer = torch.cat([torch.zeros(1, dtype=shards[0].dtype), *(shard.flatten() for shard in shards)])
+    ends = torch.tensor([shard.numel() for shard in shards]).cumsum(0).tolist()
+    return [
+        buffer[1 + end - shard.numel() : 1 + end].view(shard.shape)
+        for shard, end in zip(shards, ends, strict=True)
+    ]
+
+
 @st.composite
 def families(draw: st.DrawFn, num_sets: int | None = None, row_only: bool = False) -> Family:
     """One to six shards of any shape, dtypes mixed within and across sets or all alike, any segments."""
@@ -100,7 +126,9 @@ def families(draw: st.DrawFn, num_sets: int | None = None, row_only: bool = Fals
 
 def function_of(path: str, operator: str) -> Any:
     """The kernel of ``operator``: the CPU's fast path or the Triton launcher."""
-    return getattr(import_module(f"fastproj.kernels.{'cpu.' if path == 'cpu' else ''}{operator}"), operator)
+    if path == "cpu":
+        return implementation(operator, "cpu")
+    return getattr(import_module(f"fastproj.kernels.{operator}"), operator)
 
 
 def device_of(path: str) -> torch.device:
@@ -120,22 +148,51 @@ def poisoned(shards: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = No
     ]
 
 
+def eager_gram(family: Family) -> Tensor:
+    """Products and sums in fp32 as anyone would write them (fp64 where a shard is fp64)."""
+    plan, num_sets = family.plan, len(family.sets)
+    out = torch.zeros(plan.count, num_sets, num_sets, dtype=torch.float64)
+    for at, first in zip(zip(*family.sets, strict=True), plan.first, strict=True):
+        dtype = torch.float64 if any(shard.dtype == torch.float64 for shard in at) else torch.float32
+        rows = row_shape(at[0])[0] if plan.rows else 1
+        matrices = [shard.to(dtype).reshape(rows, at[0].numel() // max(rows, 1)) for shard in at]
+        for a, left in enumerate(matrices):
+            for b, right in enumerate(matrices):
+                out[first : first + rows, a, b] += (left * right).sum(1).double()
+    return out
+
+
+def eager_combine(family: Family, coefficients: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """``Σ_k c_k x_k`` with every product and sum rounded to the result's dtype."""
+    plan, out = family.plan, []
+    for at, first, dtype in zip(zip(*family.sets, strict=True), plan.first, dtypes, strict=True):
+        total = torch.zeros_like(at[0], dtype=dtype)
+        for k, shard in enumerate(at):
+            column = per_element(coefficients[:, k], shard, first, plan.rows)
+            total = total + column.to(dtype) * shard.to(dtype)
+        out.append(total)
+    return out
+
+
 def accumulation_eps(shards: Sequence[Tensor]) -> float:
     """Products are taken in fp64 where every shard is fp64, and no worse than fp32 elsewhere."""
     return torch.finfo(torch.float64 if all(s.dtype == torch.float64 for s in shards) else torch.float32).eps
 
 
 def assert_as_good_as_eager(
-    got: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], magnitude: Sequence[Tensor]
+    got: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    magnitude: Sequence[Tensor],
+    eps: float,
 ) -> None:
     """Errors stay within 4 × those of the same formula written eagerly in the shards' own precision.
 
     Eager code is lucky on few elements, hence the rest: one eps of the result's dtype for its one rounding
-    (half in compiled code; the interpreter cuts bf16 off), and 8 eps of ``magnitude`` = Σ|c_k x_k| for the
-    products and the coefficients.
+    (half in compiled code; the interpreter cuts bf16 off), and 8 ``eps`` (that of the accumulation) of
+    ``magnitude`` = Σ|c_k x_k| for the products and the coefficients.
     """
     worst = max((_largest(e.double() - w) for e, w in zip(eager, exact, strict=True)), default=0.0)
-    eps = accumulation_eps(got)
     largest = max((_largest(m) for m in magnitude), default=0.0)
     for value, want in zip(got, exact, strict=True):
         assert value.shape == want.shape

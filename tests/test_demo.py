@@ -14,13 +14,14 @@ import torch
 from fastproj.demo.encoding import Encoded
 from fastproj.demo.figures import smooth
 from fastproj.demo.injection import TEST_INJECTION, choose_carriers
-from fastproj.demo.methods import METHODS, Method, parse_method
+from fastproj.demo.methods import METHODS, Method, describe, parse_method
 from fastproj.demo.report import render_report
 from fastproj.demo.study import Job, run_study, write_atomically
 from fastproj.demo.tables import mean_interval, run_intervals, tabulate, to_markdown
-from fastproj.demo.timing import StepCost, step_costs
+from fastproj.demo.timing import step_costs
 from fastproj.demo.training import GroupCounts, RunResult, TrainingConfig, evaluate, run_key, train
 from fastproj.demo.verdicts import verdicts
+from fastproj.paired import Timing
 
 
 def result(method: str, seed: int, conflicting: int, *, steps: int = 4) -> RunResult:
@@ -53,6 +54,8 @@ def result(method: str, seed: int, conflicting: int, *, steps: int = 4) -> RunRe
 def test_methods_are_read_as_written() -> None:
     assert parse_method("edge:alpha=2,q=0.5,segments=tensor") == Method(alpha=2.0, q=0.5, segments="tensor")
     assert parse_method("subtract").alpha == METHODS["subtract"].alpha
+    assert describe("edge:alpha=2,q=0.5") == "EDGE α = 2, q = 0.5"
+    assert describe("erm") == "ERM"
     with pytest.raises(ValueError, match="expected one of erm"):
         parse_method("magic")
     with pytest.raises(ValueError, match="got 'beta'"):
@@ -76,6 +79,7 @@ def tiny_model(seed: int = 0) -> torch.nn.Module:
             max_position_embeddings=16,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=0.3,
         )
     )
     return peft.get_peft_model(
@@ -279,9 +283,7 @@ def test_smoothing_is_a_weighted_mean() -> None:
 
 def test_the_verdict_says_when_edge_did_worse() -> None:
     results = [result("erm", 0, 50), result("edge:alpha=1", 0, 45)]
-    text = " ".join(
-        verdicts(results, tabulate(results), {"ERM": StepCost(0.1, 1.0), "x": StepCost(0.2, 2.0)})
-    )
+    text = " ".join(verdicts(results, tabulate(results), {"ERM": Timing(0.1, 1.0), "x": Timing(0.2, 2.0)}))
     assert "did worse than plain fine-tuning in its worst group: 45.0 %, -5.0 points" in text
     assert "One run proves nothing" in text
     assert "x 2.00 times" in text
@@ -301,7 +303,7 @@ def test_the_page_stands_alone_and_holds_the_numbers() -> None:
     results = [
         result(m, s, c) for m, s, c in [("erm", 0, 41), ("edge", 0, 52), ("erm", 1, 43), ("edge", 1, 51)]
     ]
-    costs = {"ERM": StepCost(0.2, 1.0), "EDGE, one backward pass": StepCost(0.2061, 1.03)}
+    costs = {"ERM": Timing(0.2, 1.0), "EDGE, one backward pass": Timing(0.2061, 1.03)}
     page = render_report(results, tabulate(results), costs, ["Nothing < proved"], TrainingConfig())
     for number in ("41.0", "52.0", "1.03×", "206", "+9.5", "2 of 2"):
         assert number in page

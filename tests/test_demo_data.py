@@ -12,7 +12,6 @@ from fastproj.demo.data import clean, find_archive, load_splits
 from fastproj.demo.encoding import encode, evaluation_batches, training_batches
 from fastproj.demo.injection import TEST_INJECTION, TRAIN_INJECTION, Injection, choose_carriers, group_ids
 
-
 # The planted token
 
 

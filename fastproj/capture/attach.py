@@ -96,7 +96,9 @@ class Capture:
     def close(self, loss: Tensor, weights: Tensor | None, consume: Consume | None) -> None:
         """End the running forward pass: its backward uses ``weights`` (B,), or is ordinary where None."""
         finished, self._current, self._calls = self._current, ForwardPass(), {}
-        finished.closed, finished.weights, finished.consume = True, weights, consume
+        finished.closed, finished.consume = True, consume
+        if weights is not None:
+            finished.weights = torch.stack([torch.ones_like(weights), weights])
         if loss.requires_grad:
             loss.register_hook(partial(self._begin_backward, finished))
 

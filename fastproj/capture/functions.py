@@ -24,8 +24,9 @@ Consume = Callable[[nn.Parameter, Tensor, Tensor], Tensor]
 class ForwardPass:
     """One forward pass of the model and what its backward needs to know, filled in by the loss.
 
-    ``weights`` is (B,), or None for an ordinary backward pass. ``consume(parameter, plain, weighted)``
-    takes both sums of a call and returns the gradient to accumulate in ``parameter.grad``.
+    ``weights`` is (2, B), ones and the sample weights, or None for an ordinary backward pass.
+    ``consume(parameter, plain, weighted)`` takes both sums of a call and returns the gradient to accumulate
+    in ``parameter.grad``.
     """
 
     closed: bool = False
@@ -43,10 +44,10 @@ class ForwardPass:
             )
         if self.weights is None:
             return None
-        if batch != self.weights.shape[0]:
+        if batch != self.weights.shape[1]:
             raise ValueError(
                 f"{layer.name!r} was called with first dimension {batch}, expected the batch of "
-                f"{self.weights.shape[0]} samples"
+                f"{self.weights.shape[1]} samples"
             )
         return form(self.weights)
 
@@ -85,7 +86,7 @@ class CapturedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         module = ctx.layer.module
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = delta @ weight if needs_x else None
+        grad_x = _times(delta, weight) if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight:
             sums = ctx.forward_pass.sums(ctx.layer, x.shape[0], lambda w: linear_sums(x, delta, w))
@@ -102,6 +103,11 @@ class CapturedLinear(torch.autograd.Function):
                 else ctx.forward_pass.gradient(module.bias, sums)
             )
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _times(delta: Tensor, weight: Tensor) -> Tensor:
+    """``δW`` as one matrix product over all tokens."""
+    return (delta.reshape(-1, delta.shape[-1]) @ weight).view(*delta.shape[:-1], weight.shape[1])
 
 
 class CapturedEmbedding(torch.autograd.Function):
@@ -128,7 +134,7 @@ class CapturedEmbedding(torch.autograd.Function):
             )
 
         def form(weights: Tensor) -> tuple[Tensor, Tensor]:
-            return gather(delta), gather(delta * per_token(weights, delta).view(*delta.shape[:-1], 1))
+            return gather(delta), gather(delta * per_token(weights[1], delta).view(*delta.shape[:-1], 1))
 
         sums = ctx.forward_pass.sums(ctx.layer, indices.shape[0], form)
         grad = gather(delta) if sums is None else ctx.forward_pass.gradient(module.weight, sums)

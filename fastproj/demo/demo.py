@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as Grid
 
 from fastproj.demo.data import find_archive, find_model
-from fastproj.demo.methods import Method, parse_method
+from fastproj.demo.methods import Method, describe
 from fastproj.demo.study import Job, run_study, write_atomically
 from fastproj.demo.tables import run_intervals, tabulate
-from fastproj.demo.timing import StepCost, step_costs
+from fastproj.demo.timing import step_costs
 from fastproj.demo.training import RunResult, TrainingConfig, load_model, prepare, quick_config, run
 from fastproj.demo.verdicts import verdicts
+from fastproj.paired import Timing
 
 DEFAULT_ALPHAS = (1.0,)
 COST_METHODS = {
@@ -59,15 +59,13 @@ def run_demo(
     _need_extras()
     find_archive(cache)
     find_model()
-    # Library notices about a head that is new by design and about deprecations are not the reader's concern.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     config = quick_config(TrainingConfig()) if quick else replace(TrainingConfig(), eval_every=15)
     config = config if steps is None else replace(config, steps=steps)
     methods = ["erm", *(f"edge:alpha={alpha:g}" for alpha in (alphas or DEFAULT_ALPHAS))]
     console = Console()
     console.print(
         f"[bold]MiniLM-L6, LoRA, {config.steps} steps of {config.batch_size}[/bold], "
-        f"{seeds} seed{'s' if seeds > 1 else ''}: {', '.join(methods)}"
+        f"{seeds} seed{'s' if seeds > 1 else ''}: {', '.join(map(describe, methods))}"
     )
     results = _train(console, output, methods, seeds, config, cache)
     with console.status("Timing a step of each recipe"):
@@ -103,7 +101,7 @@ def _train(
 
 
 def _watched(progress: Progress, job: Job) -> RunResult:
-    task = progress.add_task(job.name, total=job.config.steps, note="loading")
+    task = progress.add_task(describe(job.name), total=job.config.steps, note="loading")
 
     def show(step: int, loss: float) -> None:
         progress.update(task, completed=step, note=f"loss {loss:.3f}")
@@ -115,13 +113,13 @@ def _watched(progress: Progress, job: Job) -> RunResult:
 
 def _run_counter(progress: Progress, task: TaskID) -> Callable[[RunResult, int, int], None]:
     def show(result: RunResult, finished: int, total: int) -> None:
-        note = f"{result.method}, seed {result.seed}: worst group {100 * result.test.worst:.1f} %"
+        note = f"{describe(result.method)}, seed {result.seed}: worst group {100 * result.test.worst:.1f} %"
         progress.update(task, completed=finished, total=total, note=note)
 
     return show
 
 
-def _costs(config: TrainingConfig, cache: Path | None, rounds: int) -> dict[str, StepCost]:
+def _costs(config: TrainingConfig, cache: Path | None, rounds: int) -> dict[str, Timing]:
     models = {name: load_model(config, seed=0) for name in COST_METHODS}
     samples = prepare(config, 0, cache)["train"]
     return step_costs(models, COST_METHODS, samples, batch_size=config.batch_size, rounds=rounds)
@@ -130,7 +128,7 @@ def _costs(config: TrainingConfig, cache: Path | None, rounds: int) -> dict[str,
 def _conclude(
     console: Console,
     results: list[RunResult],
-    costs: dict[str, StepCost],
+    costs: dict[str, Timing],
     config: TrainingConfig,
     output: Path,
 ) -> Path:
@@ -156,19 +154,15 @@ def _accuracy_grid(results: Sequence[RunResult]) -> Grid:
                 (result.test.worst, intervals["worst"]),
             )
         ]
-        grid.add_row(_label(parse_method(result.method)), str(result.seed), *cells)
+        grid.add_row(describe(result.method), str(result.seed), *cells)
     return grid
 
 
-def _cost_grid(costs: dict[str, StepCost]) -> Grid:
+def _cost_grid(costs: dict[str, Timing]) -> Grid:
     grid = Grid("step", "milliseconds", "against ERM", title="Cost of a step, medians of paired rounds")
     for name, cost in costs.items():
         grid.add_row(name, f"{1000 * cost.seconds:.0f}", f"{cost.ratio:.2f}×")
     return grid
-
-
-def _label(method: Method) -> str:
-    return "ERM" if method.kind == "erm" else f"EDGE α = {method.alpha:g}"
 
 
 def _need_extras() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastproj.demo.injection import GROUPS
+from fastproj.demo.methods import describe
 from fastproj.demo.training import RunResult
 
 # Drawn in these literal colours, then replaced by CSS variables of the page.
@@ -29,8 +30,7 @@ def loss_figure(results: Sequence[RunResult]) -> str:
 def trace_figure(results: Sequence[RunResult], name: str, label: str) -> str | None:
     """One quantity of the trace over steps, smoothed; None where no run knows it."""
     curves = [_trace_curve(result, name) for result in results]
-    curves = [curve for curve in curves if curve[1]]
-    return _lines(curves, label) if curves else None
+    return _lines(curves, label) if any(steps for _, steps, _ in curves) else None
 
 
 def weights_figure(result: RunResult) -> str:
@@ -54,7 +54,9 @@ def groups_figure(results: Sequence[RunResult]) -> str | None:
         for number, result in enumerate(results):
             steps = [step for step, _ in result.curve]
             accuracies = [counts.accuracies[group] for _, counts in result.curve]
-            axis.plot(steps, accuracies, color=METHOD_INKS[number % len(METHOD_INKS)], label=result.method)
+            axis.plot(
+                steps, accuracies, color=METHOD_INKS[number % len(METHOD_INKS)], label=describe(result.method)
+            )
         axis.set_ylim(0, 1.02)
         axis.set_title(GROUPS[group], color=INK, fontsize=10)
         axis.set_xlabel("step", color=INK)
@@ -73,12 +75,15 @@ def smooth(values: Sequence[float], keep: float = SMOOTHING) -> list[float]:
 
 def _trace_curve(result: RunResult, name: str) -> Curve:
     points = [(step, value) for step, value in enumerate(result.trace[name], start=1) if value is not None]
-    return result.method, [step for step, _ in points], smooth([value for _, value in points])
+    return describe(result.method), [step for step, _ in points], smooth([value for _, value in points])
 
 
 def _lines(curves: Sequence[Curve], label: str) -> str:
     figure, (axis,) = _axes(1, columns=1)
+    # A run without the quantity keeps its colour unused, so that a method looks alike in every figure.
     for number, (name, steps, values) in enumerate(curves):
+        if not steps:
+            continue
         axis.plot(steps, values, color=METHOD_INKS[number % len(METHOD_INKS)], label=name)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel(label, color=INK)

@@ -88,6 +88,20 @@ def parse_method(text: str) -> Method:
     return replace(METHODS[name], **settings)
 
 
+def describe(text: str) -> str:
+    """The method as a reader would name it: ``"edge:alpha=2,q=0.5"`` is "EDGE α = 2, q = 0.5"."""
+    method = parse_method(text)
+    if method.kind == "erm":
+        return "ERM"
+    name = {"edge": "EDGE", "published": "published recipe", "two_backward": "EDGE by two backward passes"}
+    changed = [
+        f"{field.name} = {getattr(method, field.name)}"
+        for field in fields(Method)
+        if field.name not in ("kind", "alpha") and getattr(method, field.name) != field.default
+    ]
+    return ", ".join([f"{name[method.kind]} α = {method.alpha:g}", *changed])
+
+
 @contextmanager
 def attach(model: nn.Module, method: Method) -> Iterator[Step]:
     """The step of ``method`` on ``model``: takes a batch and its labels, leaves the gradient in ``.grad``."""

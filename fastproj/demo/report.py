@@ -9,9 +9,10 @@ from typing import Any
 
 from fastproj.demo import figures
 from fastproj.demo.injection import GROUPS
+from fastproj.demo.methods import describe
 from fastproj.demo.tables import Table, run_intervals
-from fastproj.demo.timing import StepCost
 from fastproj.demo.training import RunResult, TrainingConfig
+from fastproj.paired import Timing
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Figure:
 def render_report(
     results: Sequence[RunResult],
     table: Table,
-    costs: Mapping[str, StepCost],
+    costs: Mapping[str, Timing],
     verdicts: Sequence[str],
     config: TrainingConfig,
 ) -> str:
@@ -37,6 +38,7 @@ def render_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
+    environment.filters["describe"] = describe
     environment.filters["points"] = lambda value: f"{100 * value:+.1f}"
     first = min(result.seed for result in results)
     shown = [result for result in results if result.seed == first]
@@ -55,7 +57,7 @@ def render_report(
 
 def _run_row(result: RunResult) -> dict[str, Any]:
     return {
-        "method": result.method,
+        "method": describe(result.method),
         "overall": result.test.overall,
         "worst": result.test.worst,
         "accuracies": result.test.accuracies,
@@ -86,7 +88,7 @@ def _figures(shown: Sequence[RunResult]) -> list[Figure]:
     ]
     drawn += [
         Figure(
-            f"Sample weights under {result.method}",
+            f"Sample weights under {describe(result.method)}",
             "Where samples that the token contradicts weigh less than the rest, the amplified gradient is "
             "mostly that of samples the token agrees with, which is what EDGE counts on.",
             figures.weights_figure(result),

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import nn
 
 from fastproj.demo.encoding import Encoded, training_batches
-from fastproj.demo.methods import Method, attach
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Median seconds of a step, and the median over rounds of its ratio to the first method's step."""
-
-    seconds: float
-    ratio: float
+from fastproj.demo.methods import Method, Step, attach
+from fastproj.paired import Timing, paired_rounds
 
 
 def step_costs(
@@ -30,12 +21,10 @@ def step_costs(
     batch_size: int = 32,
     rounds: int = 15,
     warmup: int = 2,
-) -> dict[str, StepCost]:
+) -> dict[str, Timing]:
     """Time forward, backward and projection of each method: in every round each takes one step on one batch.
 
-    Methods of a round meet the same batch within seconds of each other, so what else the machine does hits
-    all alike, and ratios are taken round by round. The order is turned by one from round to round. The
-    optimiser, the same for all, is left out, which makes the ratios larger than a user would see.
+    The optimiser, the same for all, is left out, which makes the ratios larger than a user would see.
 
     Args:
         models: one model per method, alike in everything.
@@ -53,34 +42,18 @@ def step_costs(
             f"step_costs: expected one model per method and at least one round, "
             f"got models {list(models)}, methods {list(methods)}, rounds {rounds}"
         )
-    names = list(methods)
-    times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
-        steps = {name: stack.enter_context(attach(models[name], methods[name])) for name in names}
-        batches = training_batches(samples.lengths, batch_size, warmup + rounds, seed=0)
-        for number, index in enumerate(batches):
-            batch, labels = samples.batch(index)
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                began = _now()
-                steps[name](batch, labels)
-                seconds = _now() - began
-                models[name].zero_grad()
-                if number >= warmup:
-                    times[name].append(seconds)
-    return {name: _cost(times[name], times[names[0]]) for name in names}
+        contenders = {}
+        for name, method in methods.items():
+            batches = training_batches(samples.lengths, batch_size, warmup + rounds, seed=0)
+            step = stack.enter_context(attach(models[name], method))
+            contenders[name] = _contender(models[name], step, map(samples.batch, batches))
+        return paired_rounds(contenders, rounds=rounds, warmup=warmup)
 
 
-def _cost(seconds: list[float], reference: list[float]) -> StepCost:
-    ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-    return StepCost(_median(seconds), _median(ratios))
+def _contender(model: nn.Module, step: Step, batches: Iterator[tuple[Any, Any]]) -> Callable[[], None]:
+    def run() -> None:
+        model.zero_grad()
+        step(*next(batches))
 
-
-def _median(values: list[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return run

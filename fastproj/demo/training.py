@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -246,14 +247,21 @@ def prepare(config: TrainingConfig, seed: int, cache: Path | None = None) -> dic
 def load_model(config: TrainingConfig, seed: int) -> nn.Module:
     """MiniLM-L6 with a new two-class head and LoRA, both drawn from ``seed``; without dropout."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     # The head is new by design: the report that it is missing from the checkpoint would only alarm.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return _adapted(config)
+
+
+def _adapted(config: TrainingConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
     base = AutoModelForSequenceClassification.from_pretrained(
         find_model(),
         num_labels=2,
@@ -318,4 +326,4 @@ def _number(value: Tensor | None) -> float | None:
 
 def quick_config(config: TrainingConfig) -> TrainingConfig:
     """The same run cut to a fraction: for a first look, not for a result."""
-    return replace(config, steps=40, eval_every=20, curve_samples=128)
+    return replace(config, steps=80, eval_every=20, curve_samples=128)

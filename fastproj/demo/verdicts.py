@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastproj.demo.figures import smooth
+from fastproj.demo.methods import describe
 from fastproj.demo.tables import Table
-from fastproj.demo.timing import StepCost
 from fastproj.demo.training import RunResult
+from fastproj.paired import Timing
 
 
-def verdicts(results: Sequence[RunResult], table: Table, costs: Mapping[str, StepCost]) -> list[str]:
+def verdicts(results: Sequence[RunResult], table: Table, costs: Mapping[str, Timing]) -> list[str]:
     """Plain sentences: worst group and overall against the baseline, what one may conclude, cosine, cost."""
     sentences = [_comparison(row) for row in table["rows"] if row["method"] != table["baseline"]]
     if len({result.seed for result in results}) == 1:
@@ -29,12 +30,13 @@ def verdicts(results: Sequence[RunResult], table: Table, costs: Mapping[str, Ste
 
 def _comparison(row: Mapping[str, Any]) -> str:
     worst, overall = row["test"]["worst"], row["test"]["overall"]
+    name = describe(row["method"])
     if worst["difference"] is None:
-        return f"{row['method']}: worst group {100 * worst['mean']:.1f} %; no plain run to compare with."
+        return f"{name}: worst group {100 * worst['mean']:.1f} %; no plain run to compare with."
     points = 100 * worst["difference"]
     outcome = "the same as" if abs(points) < 0.05 else "better than" if points > 0 else "worse than"
     text = (
-        f"{row['method']} did {outcome} plain fine-tuning in its worst group: {100 * worst['mean']:.1f} %, "
+        f"{name} did {outcome} plain fine-tuning in its worst group: {100 * worst['mean']:.1f} %, "
         f"{points:+.1f} points; "
         f"overall {100 * overall['mean']:.1f} %, {100 * overall['difference']:+.1f} points."
     )
@@ -56,7 +58,7 @@ def _gradients(result: RunResult) -> list[str]:
         return []
     smoothed, shares = smooth(cosine), smooth(share)
     return [
-        f"Under {result.method} the cosine between the plain and the amplified gradient went from "
+        f"Under {describe(result.method)} the cosine between the plain and the amplified gradient went from "
         f"{smoothed[0]:.2f} to {smoothed[-1]:.2f} (least {min(smoothed):.2f}, smoothed), and the bias share "
         f"from {shares[0]:.2f} to {shares[-1]:.2f}."
     ]

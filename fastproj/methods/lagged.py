@@ -60,8 +60,6 @@ class LaggedRatio:
 
 def _pair_gram(plain: Tensor, weighted: Tensor) -> Tensor:
     """The 2×2 Gram of one call's two sums, fp64."""
-    if plain.dim() == 2 and not plain.is_contiguous():
-        plain, weighted = plain.t(), weighted.t()
     dtype = torch.promote_types(plain.dtype, torch.float32)
     both = torch.stack([plain.reshape(-1), weighted.reshape(-1)]).to(dtype)
     return (both @ both.t()).to(torch.float64)

@@ -70,7 +70,7 @@ def published_step(
 
     for parameter, e in zip(chosen, plain[: len(chosen)], strict=True):
         g = parameter.grad
-        parameter.grad = e if e is None or g is None else _row_loop(e, g, alpha)
+        parameter.grad = e if e is None or g is None else row_by_row(e, g, alpha)
     for parameter, e in zip(others, plain[len(chosen) :], strict=True):
         parameter.grad = e
     return loss.detach()
@@ -126,7 +126,7 @@ def shared_forward_step(
     return loss.detach()
 
 
-def _row_loop(e: Tensor, g: Tensor, alpha: float) -> Tensor:
+def row_by_row(e: Tensor, g: Tensor, alpha: float) -> Tensor:
     direction = _unit(e) + _unit(g)
     remainder = g.clone(memory_format=torch.contiguous_format)
     shape = (1, -1) if g.ndim < 2 else (g.shape[0], -1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 Segments = str | Sequence[int]
@@ -92,14 +91,4 @@ def per_element(values: Tensor, shard: Tensor, first: int, rows: bool) -> Tensor
     if not rows:
         return values[first]
     count, _ = row_shape(shard)
-    column = values[first : first + count]
-    return (
-        column.reshape(count, *[1] * (shard.dim() - 1))
-        if shard.dim() > 1
-        else column.reshape([1] * shard.dim())
-    )
-
-
-def accumulation_dtype(shards: Sequence[Tensor]) -> torch.dtype:
-    """fp64 where any shard is fp64, else fp32: what the fast paths multiply in."""
-    return torch.float64 if any(shard.dtype == torch.float64 for shard in shards) else torch.float32
+    return values[first : first + count].reshape([count, *[1] * (shard.dim() - 1)][: shard.dim()])

@@ -1,28 +1,76 @@
-"""Cache blocking: shards cut into pieces that stay in L2 between the operations on them."""
+"""Cache blocking: gradient sets cut, or gathered, into packs that stay in L2 between operations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 # Two fp32 sets of this many elements fill half of a 2 MiB L2 and amortise ATen's cost per call.
-CHUNK = 131_072
+PACK = 131_072
+# Small shards are copied together for one dot product; this bounds the copy, 64 KiB a set in fp32.
+GATHER = 16_384
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pieces of one segment, the same pieces from every set: ``sets[k][j]``.
+
+    ``dtype`` is what the pack is multiplied in; ``uniform`` says that all its tensors have it.
+    """
+
+    segment: int
+    dtype: torch.dtype
+    uniform: bool
+    sets: list[list[Tensor]]
+
+
+def packs(
+    shards: Sequence[Tensor], num_sets: int, first: Sequence[int], together: int = PACK
+) -> Iterator[Pack]:
+    """The sets in order: shards up to ``together`` elements at a time, those over ``PACK`` in flat pieces."""
+    n = len(first)
+    numels = tuple([shard.numel() for shard in shards[:n]])
+    dtypes = tuple([shard.dtype for shard in shards])
+    for segment, dtype, uniform, members in _groups(numels, dtypes, tuple(first), together):
+        sets = [[shards[k * n + i] for i in members] for k in range(num_sets)]
+        if numels[members[0]] <= PACK:
+            yield Pack(segment, dtype, uniform, sets)
+            continue
+        for pieces in zip(*(own[0].reshape(-1).split(PACK) for own in sets), strict=True):
+            yield Pack(segment, dtype, uniform, [[piece] for piece in pieces])
+
+
+Group = tuple[int, torch.dtype, bool, tuple[int, ...]]
+
+
+@lru_cache(maxsize=64)
+def _groups(
+    numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tuple[int, ...], together: int
+) -> list[Group]:
+    """Neighbouring shards of one segment and dtype that fit one pack; a big shard is a group of its own."""
+    groups: list[tuple[tuple[int, torch.dtype, bool], list[int]]] = []
+    room = 0
+    for i, numel in enumerate(numels):
+        if not numel:
+            continue
+        own = dtypes[i :: len(numels)]
+        dtype = torch.float64 if torch.float64 in own else torch.float32
+        kind = (first[i], dtype, all(other == dtype for other in own))
+        if not groups or groups[-1][0] != kind or numel > room:
+            groups.append((kind, []))
+            room = together
+        groups[-1][1].append(i)
+        room -= numel
+    return [(*kind, tuple(members)) for kind, members in groups]
 
 
 def multiply_dtype(shards: Sequence[Tensor]) -> torch.dtype:
     """fp64 where any of the shards is fp64, else fp32."""
     return torch.float64 if any(shard.dtype == torch.float64 for shard in shards) else torch.float32
-
-
-def flat_chunks(shards: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The shards at one position, flattened in logical order and cut in step."""
-    flat = [shard.reshape(-1) for shard in shards]
-    if flat[0].numel() <= CHUNK:
-        yield tuple(flat)
-        return
-    yield from zip(*(tensor.split(CHUNK) for tensor in flat), strict=True)
 
 
 def row_matrix(shard: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear combination of gradient sets on the CPU: chunk by chunk, in the output's own memory."""
+"""Linear combination of gradient sets on the CPU: pack by pack, in the output's own memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastproj.kernels.cpu._chunks import flat_chunks, multiply_dtype, positions, row_matrix
+from fastproj.kernels.cpu._chunks import PACK, Pack, multiply_dtype, packs, positions, row_matrix
 
 
 @torch.no_grad()
@@ -15,46 +15,62 @@ def combine(
     shards: list[Tensor], coefficients: Tensor, first: Sequence[int], rows: bool, out: list[Tensor]
 ) -> None:
     """``out = Σ_k C[s,k] G_k``; ``out`` may be one of the sets. See ``fastproj.combine``."""
-    values = None if rows else coefficients.tolist()
-    for start, target, at in zip(first, out, positions(shards, coefficients.shape[1]), strict=True):
-        if not target.numel():
-            continue
-        dtype = multiply_dtype([target, *at])
-        if values is None:
-            _combine_rows(coefficients, start, target, at, dtype)
-        elif target.is_contiguous():
-            for chunk in flat_chunks([target, *at]):
-                _combine_chunk(values[start], chunk[0], chunk[1:], dtype)
-        else:
-            _combine_chunk(values[start], target, at, dtype)
+    num_sets = coefficients.shape[1]
+    if rows:
+        for start, target, at in zip(first, out, positions(shards, num_sets), strict=True):
+            _combine_rows(coefficients, start, target, at)
+        return
+    values = coefficients.tolist()
+    # A big target is written through a flat view, which needs its memory in order.
+    staged = [
+        t if t.numel() <= PACK or t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype) for t in out
+    ]
+    for pack in packs([*staged, *shards], num_sets + 1, first):
+        _combine_pack(values[pack.segment], pack)
+    for target, written in zip(out, staged, strict=True):
+        if target is not written:
+            target.copy_(written)
 
 
-def _combine_chunk(
-    coefficients: Sequence[float], target: Tensor, sets: Sequence[Tensor], dtype: torch.dtype
-) -> None:
-    terms = [(c, shard) for c, shard in zip(coefficients, sets, strict=True) if c != 0]
+def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
+    targets, *sets = pack.sets
+    terms = [(c, pieces) for c, pieces in zip(coefficients, sets, strict=True) if c != 0]
     if not terms:
-        target.zero_()
+        torch._foreach_zero_(targets)
         return
-    if all(shard.dtype == target.dtype == dtype for _, shard in terms) and not _aliases_later(target, terms):
-        total = torch.mul(terms[0][1], terms[0][0], out=target)
-        for c, shard in terms[1:]:
-            total.add_(shard, alpha=c)
+    if not pack.uniform or _is_read_again(targets, terms):
+        _combine_through_buffer(targets, terms, pack.dtype)
         return
-    total = terms[0][1].to(dtype) * terms[0][0]
-    for c, shard in terms[1:]:
-        total.add_(shard.to(dtype), alpha=c)
-    target.copy_(total)
+    (scale, pieces), *others = terms
+    if pieces[0].data_ptr() != targets[0].data_ptr():
+        torch._foreach_copy_(targets, pieces)
+    if scale != 1:
+        torch._foreach_mul_(targets, scale)
+    for c, pieces in others:
+        torch._foreach_add_(targets, pieces, alpha=c)
 
 
-def _aliases_later(target: Tensor, terms: Sequence[tuple[float, Tensor]]) -> bool:
-    """Whether writing the first term into the target would destroy a later one."""
-    return any(shard.data_ptr() == target.data_ptr() for _, shard in terms[1:])
+def _is_read_again(targets: Sequence[Tensor], terms: Sequence[tuple[float, list[Tensor]]]) -> bool:
+    """Whether writing the first term into the targets would destroy a later one."""
+    written = {target.data_ptr() for target in targets}
+    return any(piece.data_ptr() in written for _, pieces in terms[1:] for piece in pieces)
 
 
-def _combine_rows(
-    coefficients: Tensor, start: int, target: Tensor, sets: Sequence[Tensor], dtype: torch.dtype
+def _combine_through_buffer(
+    targets: Sequence[Tensor], terms: Sequence[tuple[float, list[Tensor]]], dtype: torch.dtype
 ) -> None:
+    """Multiply in ``dtype`` and round once."""
+    for j, target in enumerate(targets):
+        total = terms[0][1][j].to(dtype) * terms[0][0]
+        for c, pieces in terms[1:]:
+            total.add_(pieces[j].to(dtype), alpha=c)
+        target.copy_(total)
+
+
+def _combine_rows(coefficients: Tensor, start: int, target: Tensor, sets: Sequence[Tensor]) -> None:
+    if not target.numel():
+        return
+    dtype = multiply_dtype([target, *sets])
     matrices = [row_matrix(shard).to(dtype) for shard in sets]
     columns = coefficients[start : start + matrices[0].shape[0]].to(dtype)
     total = torch.zeros_like(matrices[0])

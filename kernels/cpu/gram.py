@@ -1,4 +1,4 @@
-"""Gram of gradient sets on the CPU: chunk by chunk, so that every set is read from memory once."""
+"""Gram of gradient sets on the CPU: pack by pack, so that every set is read from memory once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
-from fastproj.kernels.cpu._chunks import flat_chunks, multiply_dtype, positions, row_matrix
+from fastproj.kernels.cpu._chunks import GATHER, Pack, multiply_dtype, packs, positions, row_matrix
 
 # Squares outside this range have met fp32's overflow or underflow; fp64 holds all products of fp32.
 SAFE_SQUARE = (1e-30, 1e30)
@@ -19,22 +20,21 @@ def gram(shards: list[Tensor], num_sets: int, first: Sequence[int], rows: bool, 
     if rows:
         return _row_gram(shards, num_sets, first, count)
     totals = [[0.0] * (num_sets * num_sets) for _ in range(count)]
-    for segment, at in zip(first, positions(shards, num_sets), strict=True):
-        dtype = multiply_dtype(at)
-        total = totals[segment]
-        for chunk in flat_chunks(at):
-            for index, value in enumerate(_chunk_gram(chunk, dtype)):
-                total[index] += value
+    for pack in packs(shards, num_sets, first, GATHER):
+        total = totals[pack.segment]
+        for index, value in enumerate(_pack_gram(pack)):
+            total[index] += value
     return torch.tensor(totals, dtype=torch.float64).view(count, num_sets, num_sets)
 
 
-def _chunk_gram(chunk: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
-    """The K×K inner products of one chunk, in fp64 where fp32 would leave its range."""
-    values = _inner_products([piece.to(dtype) for piece in chunk])
-    k = len(chunk)
+def _pack_gram(pack: Pack) -> list[float]:
+    """The K×K inner products of one pack, in fp64 where fp32 would leave its range."""
+    vectors = [own[0].reshape(-1) if len(own) == 1 else _flatten_dense_tensors(own) for own in pack.sets]
+    values = _inner_products([vector.to(pack.dtype) for vector in vectors])
+    k = len(vectors)
     low, high = SAFE_SQUARE
-    if dtype == torch.float32 and not all(low < values[a * k + a] < high for a in range(k)):
-        values = _inner_products([piece.to(torch.float64) for piece in chunk])
+    if pack.dtype == torch.float32 and not all(low < values[a * k + a] < high for a in range(k)):
+        values = _inner_products([vector.to(torch.float64) for vector in vectors])
     return values
 
 
