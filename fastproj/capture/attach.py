@@ -27,19 +27,19 @@ class Capture:
 
     The model computes what it computed before. Each forward pass ends with :meth:`close`, which gives the
     sample weights; the backward pass then hands both gradient sums of every layer call to ``consume``.
-    Layers with nothing selected are left alone.
+    Layers with nothing selected are left alone, and all of them where ``attach`` is False.
     """
 
-    def __init__(self, model: nn.Module, selected: dict[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, selected: dict[str, nn.Parameter], *, attach: bool = True) -> None:
         self.parameters = selected
         self.static_obstacles = find_obstacles(model, selected)
         self._batch_norms = batch_norms(model)
         self._layers: list[Layer] = []
         self._current = ForwardPass()
         self._calls: dict[str, int] = {}
-        self._in_backward: list[ForwardPass] = []
+        self._in_backward: list[tuple[int, ForwardPass]] = []
         self._graph_checked = False
-        if not self.static_obstacles:
+        if attach and not self.static_obstacles:
             self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -49,7 +49,10 @@ class Capture:
             if not own:
                 continue
             if "forward" in vars(module):
-                raise ValueError(f"{name!r} already has a replaced forward; detach the other engine first")
+                raise ValueError(
+                    f"{name!r} already has a replaced forward, of another engine or of hooks that move its "
+                    "weights; detach those first"
+                )
             layer = Layer(name, module, own)
             self._layers.append(layer)
             # Compiled graphs break here: the weights of a backward pass are not known when it is traced.
@@ -63,15 +66,20 @@ class Capture:
 
     def enter(self, layer: Layer, batch: int) -> ForwardPass:
         """The pass that a layer call belongs to: the running forward, or the backward that recomputes it."""
-        if torch._C._current_graph_task_id() == -1:
+        task = torch._C._current_graph_task_id()
+        if task == -1:
             self._calls[layer.name] = batch if self._calls.get(layer.name, batch) == batch else -1
             return self._current
-        if len(self._in_backward) != 1:
+        # A checkpoint inside a checkpoint is recomputed in a nested backward that no loss began.
+        known = {began for began, _ in self._in_backward}
+        task = task if task in known else max(known, default=-1)
+        passes = [forward_pass for began, forward_pass in self._in_backward if began == task]
+        if len(passes) != 1:
             raise RuntimeError(
-                f"{layer.name!r} is recomputed while {len(self._in_backward)} losses are in backward: under "
-                "gradient checkpointing each loss needs its own backward()"
+                f"{layer.name!r} is recomputed while {len(passes)} losses are in backward: under gradient "
+                "checkpointing each loss needs its own backward()"
             )
-        return self._in_backward[0]
+        return passes[0]
 
     def obstacles(self, loss: Tensor, batch: int) -> list[Obstacle]:
         """Why the running forward pass cannot be taken apart into its ``batch`` samples; empty if it can."""
@@ -103,8 +111,9 @@ class Capture:
             loss.register_hook(partial(self._begin_backward, finished))
 
     def _begin_backward(self, finished: ForwardPass, _: Tensor) -> None:
-        self._in_backward.append(finished)
-        at_end_of_backward(partial(self._in_backward.remove, finished))
+        begun = (torch._C._current_graph_task_id(), finished)
+        self._in_backward.append(begun)
+        at_end_of_backward(partial(self._in_backward.remove, begun))
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -120,29 +129,29 @@ def _cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
 
 
-def _linear(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
+def _linear(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
-        return F.linear(x, module.weight, module.bias)
-    forward_pass = capture.enter(layer, x.shape[0])
-    operands = _cast_for_autocast(x.device.type, x, module.weight, module.bias)
+        return F.linear(input, module.weight, module.bias)
+    forward_pass = capture.enter(layer, input.shape[0])
+    operands = _cast_for_autocast(input.device.type, input, module.weight, module.bias)
     return CapturedLinear.apply(*operands, layer, forward_pass)
 
 
-def _embedding(capture: Capture, layer: Layer, indices: Tensor) -> Tensor:
+def _embedding(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
-        return F.embedding(indices, module.weight)
-    forward_pass = capture.enter(layer, indices.shape[0])
-    return CapturedEmbedding.apply(indices, module.weight, layer, forward_pass)
+        return F.embedding(input, module.weight)
+    forward_pass = capture.enter(layer, input.shape[0])
+    return CapturedEmbedding.apply(input, module.weight, layer, forward_pass)
 
 
-def _layer_norm(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
+def _layer_norm(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
-        return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    forward_pass = capture.enter(layer, x.shape[0])
-    normalised = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+        return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
+    forward_pass = capture.enter(layer, input.shape[0])
+    normalised = F.layer_norm(input, module.normalized_shape, None, None, module.eps)
     return CapturedScale.apply(normalised, module.weight, module.bias, layer, forward_pass)
 
 

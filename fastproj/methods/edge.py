@@ -92,7 +92,7 @@ class EDGE:
         self._parameters = select_parameters(model, params)
         self._lagged = self._make_lagged() if ratio == "lagged" else None
         self._second_forward = SecondForward(model) if dropout == "independent" else None
-        self._capture = Capture(model, self._parameters)
+        self._capture = Capture(model, self._parameters, attach=self.options.passes != "two")
         self._versions: dict[nn.Parameter, int] = {}
         self._watch = [
             p.register_post_accumulate_grad_hook(self._remember_version)
@@ -215,13 +215,11 @@ class EDGE:
     ) -> None:
         self._capture.close(loss, None, None)
         if self._second_forward is not None:
-            logits = self._second_forward.logits()
-            terms = self._terms(logits, labels)
+            terms = self._terms(self._second_forward.logits(), labels)
         by_token = self.options.weight == "token" and terms.terms.dim() > 1
         weights = terms.token_weights(self.options.q) if by_token else terms.sample_weights(self.options.q)
         self.weights = self._scale * weights
         gce = terms.gce(self.weights, num_items)
-        self._capture.close(gce, None, None)
 
         def second_backward(grad: Tensor) -> None:
             # Inside the first backward, so that loss scaling and accumulation reach both sets alike.

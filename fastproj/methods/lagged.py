@@ -15,44 +15,51 @@ class LaggedRatio:
 
     ``G_EDGE = Σ_i (c − (α/2) p_i^q) g_i`` with ``c = 1 + αρ/2`` and ρ = |g|/|e| of the parameter's segment.
     The Gram of (e, g) of the running step is summed on the side, layer call by layer call, and gives the
-    next ρ; where a step has several backward passes or calls, their Grams are added.
+    next ρ; where a step has several backward passes or calls, their Grams are added. A segment that has
+    never had a ratio (one of its gradients was zero) keeps e.
     """
 
     def __init__(self, segment_of: Mapping[nn.Parameter, int], count: int, alpha: float) -> None:
         self._segment_of = dict(segment_of)
         self._count = count
         self._alpha = alpha
-        self._ratio: Tensor | None = None
+        self._coefficients: Tensor | None = None
         self._gram: Tensor | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether a ratio is known: the first step, which has none before it, is exact."""
-        return self._ratio is not None
+        """Whether there was a step before: the first, which has none, is exact."""
+        return self._coefficients is not None
 
     def consume(self, parameter: nn.Parameter, plain: Tensor, weighted: Tensor) -> Tensor:
         """Count both sums of one call and return their combination for ``parameter.grad``."""
-        if self._ratio is None:
-            raise RuntimeError("no ratio from a step before")
+        if self._coefficients is None:
+            raise RuntimeError("the first step has no ratio before it")
         if self._gram is None:
             self._gram = torch.zeros(self._count, 2, 2, dtype=torch.float64, device=plain.device)
         segment = self._segment_of[parameter]
         self._gram[segment] += _pair_gram(plain, weighted)
-        scale = (1 + self._alpha / 2 * self._ratio[segment]).to(plain.dtype)
-        return (plain * scale).sub_(weighted, alpha=self._alpha / 2)
+        c_e, c_g = self._coefficients[segment].to(plain.dtype)
+        # A fresh tensor: a view would keep both sums alive in .grad.
+        return (plain * c_e).add_(weighted.mul_(c_g))
 
     def learn(self, stats: EdgeStats) -> None:
-        """Take the ratio from an exact projection; a segment with no usable one keeps what it had."""
+        """Take the next coefficients from what a step saw; a segment with no usable ratio keeps its own."""
         usable = (stats.erm_norm > 0) & (stats.gce_norm > 0) & ~stats.nonfinite
-        before = torch.zeros_like(stats.erm_norm) if self._ratio is None else self._ratio
-        self._ratio = torch.where(usable, stats.gce_norm / stats.erm_norm, before)
+        ratio = stats.gce_norm / torch.where(usable, stats.erm_norm, 1.0)
+        fresh = torch.stack([1 + self._alpha / 2 * ratio, torch.full_like(ratio, -self._alpha / 2)], dim=1)
+        before = torch.tensor([1.0, 0.0], dtype=fresh.dtype, device=fresh.device)
+        if self._coefficients is not None:
+            before = self._coefficients
+        self._coefficients = torch.where(usable[:, None], fresh, before)
 
     def finish(self) -> EdgeStats:
         """End a step: what its gradients were, with the coefficients that were used."""
-        if self._gram is None or self._ratio is None:
-            raise RuntimeError("project_() found no backward pass since the last step")
-        c_g = torch.full_like(self._ratio, -self._alpha / 2)
-        stats = EdgeStats(self._gram, torch.stack([1 + self._alpha / 2 * self._ratio, c_g], dim=1))
+        if self._gram is None or self._coefficients is None:
+            raise RuntimeError(
+                "project_() found no gradient: call backward() on the loss of this engine first"
+            )
+        stats = EdgeStats(self._gram, self._coefficients)
         self._gram = None
         self.learn(stats)
         return stats

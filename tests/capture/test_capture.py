@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from one_pass import assert_equal_to_two_passes, assert_same, captured, one_pass
 from tiny_models import ARCHITECTURES, Tiny, bert, gpt2, padded, two_pass_oracle, with_lora, with_nonzero_b
 from torch import Tensor, nn
@@ -248,3 +249,33 @@ def _distance(
 ) -> float:
     error = sum(((got[name][which] - pair[which]) ** 2).sum() for name, pair in exact.items())
     return float(error / sum((pair[which] ** 2).sum() for pair in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_inside_checkpoints(reentrant: bool) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer, self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self._again(self._both, x.requires_grad_())
+            return type("Output", (), {"logits": self.head(hidden)})
+
+        def _both(self, x: Tensor) -> Tensor:
+            return self._again(self.inner, torch.tanh(self.outer(x)))
+
+        def _again(self, function: Any, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
+
+    torch.manual_seed(0)
+    tiny = Tiny(Nested().double(), {"x": torch.randn(5, 6).double()}, torch.tensor([0, 1, 2, 1, 0]), False)
+    pairs = {}
+    parameters = select_parameters(tiny.model, "trainable")
+    weights = torch.softmax(tiny.logits(), -1)[torch.arange(5), tiny.labels].detach() ** 0.7
+    for which, weight in enumerate((torch.ones(5).double(), weights)):
+        tiny.model.zero_grad()
+        (weight * F.cross_entropy(tiny.logits(), tiny.labels, reduction="none")).mean().backward()
+        for name, parameter in parameters.items():
+            pairs.setdefault(name, [None, None])[which] = parameter.grad.clone()
+    assert_same(one_pass(tiny, params="trainable"), {name: tuple(pair) for name, pair in pairs.items()})

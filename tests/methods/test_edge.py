@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -278,3 +279,51 @@ def test_labels_that_do_not_fit(logits: tuple[int, ...], labels: Tensor, error: 
     tiny = bert()
     with fastproj.EDGE(tiny.model) as engine, pytest.raises(error, match="labels"):
         engine.loss(torch.zeros(logits), labels)
+
+
+@pytest.mark.parametrize("passes", ["two", "auto"])
+def test_two_passes_under_gradient_checkpointing(passes: str) -> None:
+    tiny = bert(use_dora=passes == "auto")
+    expected = expected_projection(tiny)
+    tiny.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tiny.model.enable_input_require_grads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = projected(tiny, passes=passes)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE)
+
+
+def test_falling_back_to_two_passes_under_gradient_checkpointing() -> None:
+    tiny = gpt2()
+    tiny.model.base_model.model.transformer.wpe.weight.requires_grad_(True)
+    expected = expected_projection(tiny, params="trainable")
+    tiny.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tiny.model.enable_input_require_grads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = projected(tiny, passes="auto", params="trainable")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE)
+
+
+def test_lagged_segment_without_a_ratio_keeps_its_gradient() -> None:
+    tiny = bert()
+    for name, parameter in tiny.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    with fastproj.EDGE(tiny.model, segments="tensor", ratio="lagged") as engine:
+        engine.loss(tiny.logits(), tiny.labels).backward()
+        engine.project_()  # B is zero, so A had no gradient and no ratio
+        for name, parameter in tiny.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+        tiny.model.zero_grad()
+        engine.loss(tiny.logits(), tiny.labels).backward()
+        engine.project_()
+    parameters = select_parameters(tiny.model, "lora")
+    for name, (e, _) in two_pass_oracle(tiny, parameters).items():
+        if "lora_A" in name:
+            torch.testing.assert_close(parameters[name].grad, e, **CLOSE)
+        else:
+            assert not torch.allclose(parameters[name].grad, e)
