@@ -76,6 +76,7 @@ def _fit(shards: Sequence[Tensor | None]) -> bool:
         and shard.shape == shape
         and shard.dtype in SHARD_DTYPES
         and shard.layout == torch.strided
+        and not hasattr(shard, "device_mesh")
         for shard in shards
     )
 
@@ -91,6 +92,8 @@ def _check(index: int, shards: Sequence[Tensor | None], names: Sequence[str]) ->
             raise TypeError(f"shard {index} of {name} must be fp32, bf16, fp16 or fp64, got {shard.dtype}")
         if shard.layout != torch.strided:
             raise TypeError(f"shard {index} of {name} must be dense, got {shard.layout}")
+        if hasattr(shard, "device_mesh"):
+            raise TypeError(f"shard {index} of {name} must be a plain tensor, got a DTensor: pass to_local()")
     missing = [name for shard, name in zip(shards, names, strict=True) if shard is None]
     if missing and len(missing) < len(shards):
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
+from fastproj.demo.gradients import gradient_markdown
 from fastproj.demo.methods import Method, parse_method
 from fastproj.demo.tables import Table, tabulate, to_markdown
 from fastproj.demo.training import RunResult, TrainingConfig, run, run_key
@@ -73,7 +74,7 @@ def run_study(
 
     Each finished run is written at once, and whole or not at all, to ``output/runs``. A second call with the
     same arguments makes only what is missing, so an interruption costs the runs in flight and no other.
-    ``output/table.md`` and ``output/table.json`` cover the runs asked for.
+    ``output/table.md``, ``output/table.json`` and ``output/gradients.md`` cover the runs asked for.
 
     Args:
         output: folder of the study.
@@ -108,6 +109,7 @@ def run_study(
     # The name is how this study calls the run; the file may have been made under another name.
     results = [replace(RunResult.from_json(job.path(output).read_text()), method=job.name) for job in jobs]
     write_table(output, tabulate(results))
+    write_atomically(output / "gradients.md", gradient_markdown(results))
     return results
 
 

@@ -138,9 +138,11 @@ class EDGE:
         """Replace the gradients in ``.grad`` by ``G_EDGE``; returns what was seen, still on the device.
 
         Raises RuntimeError where no gradient has been computed since the last projection, where ``.grad``
-        was changed in between (unscaled, clipped), or where a parameter got its gradient past the capture.
+        was changed in between (unscaled, clipped), where a parameter got its gradient past the capture, and
+        under torch.distributed with more than one process, over which the second set is not reduced.
         """
         self._check_untouched()
+        _check_single_process()
         if self._lagged is not None and self._lagged.ready:
             self.stats = self._lagged.finish()
         else:
@@ -275,6 +277,16 @@ class EDGE:
                     "gradients were changed between backward() and project_(): project first, then "
                     "unscale, clip and step"
                 )
+
+
+def _check_single_process() -> None:
+    """Each process holds a second set of its own batch only: their projections would drift apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"EDGE projects the gradients of one process; torch.distributed runs "
+            f"{distributed.get_world_size()}, and the second gradient set is not reduced over them yet"
+        )
 
 
 def _describe(obstacles: list[Obstacle]) -> str:

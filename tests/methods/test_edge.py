@@ -327,3 +327,13 @@ def test_lagged_segment_without_a_ratio_keeps_its_gradient() -> None:
             torch.testing.assert_close(parameters[name].grad, e, **CLOSE)
         else:
             assert not torch.allclose(parameters[name].grad, e)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = bert()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with fastproj.EDGE(tiny.model) as engine:
+        engine.loss(tiny.logits(), tiny.labels).backward()
+        with pytest.raises(RuntimeError, match=r"torch\.distributed runs 4"):
+            engine.project_()
