@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("fastproj", "DEF")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERATORS = ("gram", "combine", "edge", "weighted_grad", "per_sample_grad")
 
 
@@ -47,7 +48,8 @@ def backend_for(operator: str, device_type: str) -> Backend:
     if device_type == "cpu" and operator == "edge":
         return Backend("cpu", "gram's and combine's fast paths", binding, "from_parts")
     if device_type == "cpu":
-        return Backend("cpu", "cache-blocked ATen", f"fastproj.kernels.cpu.{operator}", operator)
+        how = "cache-blocked ATen" if operator in ("gram", "combine") else "ATen matrix products"
+        return Backend("cpu", how, f"fastproj.kernels.cpu.{operator}", operator)
     why = "triton is not installed" if device_type == "cuda" else f"no kernel for {device_type}"
     function = "from_parts" if operator == "edge" else "from_reference"
     return Backend("reference", f"fp64 reference, slow: {why}", binding, function)

@@ -9,9 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fastproj.bindings._library import KERNEL_DTYPES
 from fastproj.reference.segments import Segmentation, Segments, segmentation
-
-SHARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _fit(shards: Sequence[Tensor | None]) -> bool:
     return all(
         isinstance(shard, Tensor)
         and shard.shape == shape
-        and shard.dtype in SHARD_DTYPES
+        and shard.dtype in KERNEL_DTYPES
         and shard.layout == torch.strided
         and not hasattr(shard, "device_mesh")
         for shard in shards
@@ -88,7 +87,7 @@ def _check(index: int, shards: Sequence[Tensor | None], names: Sequence[str]) ->
             continue
         if not isinstance(shard, Tensor):
             raise TypeError(f"shard {index} of {name} must be a tensor or None, got {type(shard).__name__}")
-        if shard.dtype not in SHARD_DTYPES:
+        if shard.dtype not in KERNEL_DTYPES:
             raise TypeError(f"shard {index} of {name} must be fp32, bf16, fp16 or fp64, got {shard.dtype}")
         if shard.layout != torch.strided:
             raise TypeError(f"shard {index} of {name} must be dense, got {shard.layout}")

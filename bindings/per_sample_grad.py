@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.bindings._library import LIBRARY, define, implementation
+from fastproj.bindings._library import KERNEL_DTYPES, LIBRARY, define, implementation
 from fastproj.reference.per_sample_grad import per_sample_grad as reference_per_sample_grad
-
-LAYER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless ``tensor`` is a dense tensor of a floating-point type the kernels read."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in LAYER_DTYPES:
+    if tensor.dtype not in KERNEL_DTYPES:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {tensor.layout}")

@@ -148,3 +148,20 @@ def test_no_warning_is_given_in_one_pass() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one_pass(tiny)
+
+
+def test_lora_on_embeddings_is_refused_by_name_and_taken_in_two_passes() -> None:
+    tiny = gpt2(target_modules=["wte", "c_attn"])
+    for name, parameter in tiny.model.named_parameters():
+        if "lora_embedding" in name:
+            nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(ValueError, match=r"lora_embedding_A \(ParameterDict has trainable parameters"):
+        fastproj.EDGE(tiny.model)
+    expected = two_pass_oracle(tiny, select_parameters(tiny.model, "lora"))
+    assert any("lora_embedding_A" in name for name in expected)
+    with fastproj.EDGE(tiny.model, passes="auto") as engine:
+        logits = tiny.logits()
+        with pytest.warns(UserWarning, match="two backward"):
+            loss = engine.loss(logits, tiny.labels)
+        loss.backward()
+        assert_same(captured(engine), expected)
