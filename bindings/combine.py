@@ -84,7 +84,29 @@ def _check_out(out: Sequence[Tensor | None], checked: GradientSets) -> list[Tens
         "global",
         names=["out", "set 0"],
     )
-    return split_sets(both.shards, 2)[0]
+    targets = split_sets(both.shards, 2)[0]
+    check_aliases(targets, checked.shards, "out")
+    return targets
+
+
+def check_aliases(targets: Sequence[Tensor], shards: Sequence[Tensor], name: str) -> None:
+    """Check that writing each target changes no shard but the one at its own position, read in step.
+
+    Compares where tensors begin; ones that overlap in part are not looked for.
+    """
+    n = len(targets)
+    place = {target.data_ptr(): i for i, target in enumerate(targets) if target.numel()}
+    if len(place) < sum(target.numel() > 0 for target in targets):
+        raise ValueError(f"{name} holds the same tensor at two positions")
+    for index, shard in enumerate(shards):
+        position = place.get(shard.data_ptr()) if shard.numel() else None
+        if position is None:
+            continue
+        if position != index % n or shard.stride() != targets[position].stride():
+            raise ValueError(
+                f"{name}[{position}] shares memory with shard {index % n} of set {index // n}; it may only "
+                "be that shard itself, in the same layout, at its own position"
+            )
 
 
 def result_dtype(shards: Sequence[Tensor]) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastproj.bindings._library import define, implementation
 from fastproj.bindings._sets import GradientSets, gradient_sets, requires_grad, split_sets
+from fastproj.bindings.combine import check_aliases
 from fastproj.reference.edge import VARIANTS, edge_coefficients
 from fastproj.reference.segments import Segments, row_shape
 
@@ -84,8 +85,9 @@ def edge(
         alpha: strength of the projection, finite.
         segments: as in :func:`fastproj.gram`; must stay at its default for ``variant="released"``.
         variant: one of the four above.
-        on_nonfinite: for a segment that holds NaN or Inf, ``"propagate"`` makes all of it NaN and
-            ``"skip"`` leaves e there; other segments are never touched.
+        on_nonfinite: for a segment whose Gram is not finite (it holds NaN or Inf, or fp64 values whose
+            squares overflow), ``"propagate"`` makes all of it NaN and ``"skip"`` leaves e there; other
+            segments are never touched.
 
     Returns:
         n tensors of e's shapes and dtypes, None where both sets have None.
@@ -121,13 +123,15 @@ def edge_(
 ) -> EdgeStats:
     """``erm ← erm − α·bias`` in place: :func:`edge` without a second gradient set in memory.
 
-    Arguments, formulas and errors are those of :func:`edge`. Returns :class:`EdgeStats`, which stays on
+    Arguments, formulas and errors are those of :func:`edge`; a tensor may not stand at two positions of erm.
+    Returns :class:`EdgeStats`, which stays on
     the device: the host does not wait. Not differentiable: runs under no_grad.
     """
     checked, skip = _check(erm, gce, alpha, segments, variant, on_nonfinite)
     if not checked.shards:
         return EdgeStats(torch.zeros(checked.count, 2, 2, dtype=torch.float64), _untouched(checked.count))
     e, g = split_sets(checked.shards, 2)
+    check_aliases(e, checked.shards, "erm")
     return EdgeStats(
         *torch.ops.fastproj.edge_(
             e, g, checked.first, checked.rows, checked.count, float(alpha), variant, skip

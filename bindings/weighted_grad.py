@@ -23,7 +23,7 @@ def weighted_grad(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (K, d_out, d_in) in ``torch.result_type(x, delta)``, K = 1 included; the dtype of the weights has no
         say. fp32, bf16 and fp16 inputs are summed in fp32 and rounded once, fp64 in fp64; weights are taken
-        in the dtype of the sum. x and delta are read once for all K, and no per-sample gradient is formed.
+        in the dtype of the sum. x and delta are read once for all K.
         On a GPU the weighted side is rounded to the result's dtype before the product, as a layer's own
         backward would, and fp32 products are exact unless ``torch.backends.cuda.matmul`` allows TF32.
         Equal inputs give equal bits.

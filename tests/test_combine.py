@@ -268,3 +268,24 @@ ONE = torch.ones(2)
 def test_bad_input(coefficients: object, out: object, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         fastproj.combine([[ONE], [ONE]], coefficients, out=out)
+
+
+def test_out_may_only_be_a_shard_at_its_own_position() -> None:
+    a, b = torch.ones(2, 2), torch.full((2, 2), 2.0)
+    sets, coefficients = [[a, b], [b.clone(), a.clone()]], torch.tensor([[2.0, 3.0]])
+    for out, message in (
+        ([b, a], "shares memory with shard"),
+        ([a.t(), torch.empty(2, 2)], "in the same layout"),
+        ([a, a], "at two positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastproj.combine(sets, coefficients, out=out)
+    expected = fastproj.combine(sets, coefficients)
+    mixed = fastproj.combine(sets, coefficients, out=[a, torch.full((2, 2), 7.0)])
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_projecting_one_tensor_twice_in_place_is_an_error() -> None:
+    e, g = torch.ones(3), torch.ones(3)
+    with pytest.raises(ValueError, match="at two positions"):
+        fastproj.edge_([e, e], [g, g])

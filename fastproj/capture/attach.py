@@ -1,9 +1,10 @@
-"""Attaching to a model: captured layers, forward passes, and finding what one pass cannot see through."""
+"""Attaching to a model: captured layers, and the forward pass that each of their calls belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from fastproj.capture.functions import (
     CapturedEmbedding,
+    CapturedLayerNorm,
     CapturedLinear,
-    CapturedScale,
     Consume,
     ForwardPass,
     Layer,
 )
-from fastproj.capture.graph import foreign_uses
 from fastproj.capture.select import Obstacle, batch_norms, find_obstacles
+from fastproj.capture.verify import disagreement, foreign_uses, is_hidden
 
 
 class Capture:
@@ -33,42 +34,44 @@ class Capture:
     def __init__(self, model: nn.Module, selected: dict[str, nn.Parameter], *, attach: bool = True) -> None:
         self.parameters = selected
         self.static_obstacles = find_obstacles(model, selected)
+        self.attached = attach and not self.static_obstacles
         self._batch_norms = batch_norms(model)
-        self._layers: list[Layer] = []
         self._current = ForwardPass()
-        self._calls: dict[str, int] = {}
         self._in_backward: list[tuple[int, ForwardPass]] = []
-        self._graph_checked = False
-        if attach and not self.static_obstacles:
-            self._attach(model)
+        self._layers = self._find_layers(model) if self.attached else []
+        for layer in self._layers:
+            layer.module.forward = CapturedForward(self, layer)
+        self._handle = model.register_forward_pre_hook(self._begin_forward) if self.attached else None
 
-    def _attach(self, model: nn.Module) -> None:
+    def _find_layers(self, model: nn.Module) -> list[Layer]:
         chosen = {id(parameter) for parameter in self.parameters.values()}
+        layers = []
         for name, module in model.named_modules():
-            own = tuple(p for p in module.parameters(recurse=False) if id(p) in chosen)
-            if not own:
+            if not any(id(p) in chosen for p in module.parameters(recurse=False)):
                 continue
             if "forward" in vars(module):
                 raise ValueError(
                     f"{name!r} already has a replaced forward, of another engine or of hooks that move its "
                     "weights; detach those first"
                 )
-            layer = Layer(name, module, own)
-            self._layers.append(layer)
-            # Compiled graphs break here: the weights of a backward pass are not known when it is traced.
-            module.forward = torch.compiler.disable(partial(_FORWARDS[type(module)], self, layer))
+            layers.append(Layer(name, module))
+        return layers
 
     def detach(self) -> None:
         """Give every layer its own forward back."""
         for layer in self._layers:
             del layer.module.forward
-        self._layers.clear()
+        self._layers = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def enter(self, layer: Layer, batch: int) -> ForwardPass:
         """The pass that a layer call belongs to: the running forward, or the backward that recomputes it."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            self._calls[layer.name] = batch if self._calls.get(layer.name, batch) == batch else -1
+        task = current_backward()
+        if task is None:
+            calls = self._current.calls
+            calls[layer.name] = batch if calls.get(layer.name, batch) == batch else -1
             return self._current
         # A checkpoint inside a checkpoint is recomputed in a nested backward that no loss began.
         known = {began for began, _ in self._in_backward}
@@ -81,44 +84,118 @@ class Capture:
             )
         return passes[0]
 
-    def obstacles(self, loss: Tensor, batch: int) -> list[Obstacle]:
-        """Why the running forward pass cannot be taken apart into its ``batch`` samples; empty if it can."""
+    def seen_without_grad(self) -> None:
+        """A captured layer ran under no_grad, as reentrant checkpointing runs it."""
+        self._current.reached = True
+
+    def obstacles(self, batch: int) -> list[Obstacle]:
+        """Why the running forward pass cannot be taken apart into its samples, as far as shapes tell."""
         found = list(self.static_obstacles)
         for name, module in self._batch_norms.items():
             if module.training:
                 found.append(Obstacle(name, f"{type(module).__name__} in training mode mixes samples"))
-        for name, first in self._calls.items():
+        for name, first in self._current.calls.items():
             if first != batch:
                 came = (
                     "calls of different batch sizes"
                     if first < 0
                     else f"its input has first dimension {first}"
                 )
-                reason = f"{came}, not the batch's {batch}"
-                found.append(Obstacle(name, reason))
-        if not found and not self._graph_checked:
-            found += foreign_uses(loss, self.parameters)
-            self._graph_checked = not found
+                found.append(Obstacle(name, f"{came}, not the batch's {batch}"))
         return found
 
-    def close(self, loss: Tensor, weights: Tensor | None, consume: Consume | None) -> None:
-        """End the running forward pass: its backward uses ``weights`` (B,), or is ordinary where None."""
-        finished, self._current, self._calls = self._current, ForwardPass(), {}
-        finished.closed, finished.consume = True, consume
-        if weights is not None:
-            finished.weights = torch.stack([torch.ones_like(weights), weights])
+    def verify(self, loss: Tensor, sample_loss: Tensor, sample: int, batch: int) -> list[Obstacle]:
+        """What is wrong with taking the running forward pass apart, by graph and by measurement.
+
+        Costs two backward passes over a graph that is kept, so it is done once for each set of called layers.
+        Under reentrant checkpointing neither can look inside, and nothing is found.
+        """
+        found = foreign_uses(loss, self.parameters)
+        if found or is_hidden(loss):
+            return found
+        running = self._current
+        handles = [
+            tensor.register_hook(partial(self._begin_backward, running)) for tensor in (loss, sample_loss)
+        ]
+        try:
+            return disagreement(loss, sample_loss, sample, batch, running, self.parameters)
+        finally:
+            running.closed = False
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def signature(self) -> frozenset[str]:
+        """The layers that the running forward pass called: what is known of one pass holds for its like."""
+        return frozenset(self._current.calls)
+
+    def close(self, loss: Tensor, weights: Tensor | None, consume: Consume | None) -> ForwardPass:
+        """End the running forward pass: its backward uses ``weights`` (B,), or is ordinary where None.
+
+        Raises RuntimeError where no captured layer has run since the last loss.
+        """
+        finished = self._current
+        if self.attached and not finished.reached and not finished.calls:
+            raise RuntimeError(
+                "no forward pass since the last loss(): each forward pass takes one loss, before the next "
+                "forward pass"
+            )
+        self._start_anew()
+        finished.use(weights, consume)
         if loss.requires_grad:
             loss.register_hook(partial(self._begin_backward, finished))
+        return finished
+
+    def _begin_forward(self, *_: Any) -> None:
+        """A pass that never got its loss is given up; a backward through it would say so."""
+        if torch.is_grad_enabled() and current_backward() is None:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._current = ForwardPass()
+        if current_backward() is None:
+            self._in_backward.clear()  # left behind where a backward pass raised
 
     def _begin_backward(self, finished: ForwardPass, _: Tensor) -> None:
         begun = (torch._C._current_graph_task_id(), finished)
         self._in_backward.append(begun)
-        at_end_of_backward(partial(self._in_backward.remove, begun))
+        at_end_of_backward(partial(self._end_backward, begun))
+
+    def _end_backward(self, begun: tuple[int, ForwardPass]) -> None:
+        if begun in self._in_backward:
+            self._in_backward.remove(begun)
+
+
+def current_backward() -> int | None:
+    """What tells the running backward pass from others; None outside of one."""
+    task: int = torch._C._current_graph_task_id()
+    return None if task == -1 else task
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Run ``callback`` once the backward pass that is running has accumulated every gradient."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+class CapturedForward:
+    """What stands in for a layer's forward. A deep copy of the model gets the layer's own forward back."""
+
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        self._layer = layer
+        # Compiled graphs break here: the weights of a backward pass are not known when it is traced.
+        self._run = torch.compiler.disable(partial(_FORWARDS[type(layer.module)], capture, layer))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        copied = memo[id(self._layer.module)]
+        return MethodType(type(copied).forward, copied)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self._layer.name!r} is captured by an engine: detach() it before pickling the model"
+        )
 
 
 def _cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -132,15 +209,19 @@ def _cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor
 def _linear(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
+        capture.seen_without_grad()
         return F.linear(input, module.weight, module.bias)
     forward_pass = capture.enter(layer, input.shape[0])
     operands = _cast_for_autocast(input.device.type, input, module.weight, module.bias)
+    epsilon = torch.finfo(operands[0].dtype).eps if operands[0] is not None else 0.0
+    forward_pass.epsilon = max(forward_pass.epsilon, epsilon)
     return CapturedLinear.apply(*operands, layer, forward_pass)
 
 
 def _embedding(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
+        capture.seen_without_grad()
         return F.embedding(input, module.weight)
     forward_pass = capture.enter(layer, input.shape[0])
     return CapturedEmbedding.apply(input, module.weight, layer, forward_pass)
@@ -149,10 +230,12 @@ def _embedding(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
 def _layer_norm(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     module: Any = layer.module
     if not torch.is_grad_enabled():
+        capture.seen_without_grad()
         return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
     forward_pass = capture.enter(layer, input.shape[0])
-    normalised = F.layer_norm(input, module.normalized_shape, None, None, module.eps)
-    return CapturedScale.apply(normalised, module.weight, module.bias, layer, forward_pass)
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input = input.float()  # as autocast runs a layer norm there
+    return CapturedLayerNorm.apply(input, module.weight, module.bias, layer, forward_pass)
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {

@@ -7,7 +7,7 @@ checkpointing saves what it should, and both sums come from one product.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,36 +26,48 @@ class ForwardPass:
 
     ``weights`` is (2, B), ones and the sample weights, or None for an ordinary backward pass.
     ``consume(parameter, plain, weighted)`` takes both sums of a call and returns the gradient to accumulate
-    in ``parameter.grad``.
+    in ``parameter.grad``. ``calls`` has each called layer's batch (−1 where its calls differ), ``reached``
+    says that a layer ran under no_grad, ``epsilon`` is that of the coarsest dtype a layer multiplied in.
     """
 
     closed: bool = False
     weights: Tensor | None = None
     consume: Consume | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    reached: bool = False
+    epsilon: float = 0.0
 
-    def sums(
-        self, layer: Layer, batch: int, form: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Both sums by ``form``, or None where this is an ordinary backward pass."""
+    def use(self, weights: Tensor | None, consume: Consume | None) -> None:
+        """Say what a backward pass does from now on, for sample weights (B,)."""
+        self.closed, self.consume = True, consume
+        self.weights = None if weights is None else torch.stack([torch.ones_like(weights), weights])
+
+    def gradient(
+        self,
+        layer: Layer,
+        parameter: nn.Parameter,
+        batch: int,
+        form: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor | None:
+        """What goes to ``parameter.grad``, or None where this is an ordinary backward pass.
+
+        ``form`` makes both sums, shaped as the parameter, of the weights (2, B).
+        """
         if not self.closed:
             raise RuntimeError(
-                f"backward reached {layer.name!r} before sample weights were known: compute the loss "
-                "with the engine's loss() after the forward pass and call backward() on what it returns"
+                f"backward reached {layer.name!r} in a forward pass whose sample weights are not known: call "
+                "the engine's loss() once after each forward pass, and backward() on what it returns"
             )
-        if self.weights is None:
+        if self.weights is None or self.consume is None:
             return None
         if batch != self.weights.shape[1]:
             raise ValueError(
                 f"{layer.name!r} was called with first dimension {batch}, expected the batch of "
                 f"{self.weights.shape[1]} samples"
             )
-        return form(self.weights)
-
-    def gradient(self, parameter: nn.Parameter, sums: tuple[Tensor, Tensor]) -> Tensor:
-        """What goes to ``parameter.grad``, in the dtype of the product."""
-        if self.consume is None:
-            raise RuntimeError("sample weights were set without a consumer")
-        return self.consume(parameter, *sums)
+        # A backward pass inside autocast would sum in its dtype.
+        with torch.autocast(self.weights.device.type, enabled=False):
+            return self.consume(parameter, *form(self.weights))
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,6 @@ class Layer:
 
     name: str
     module: nn.Module
-    parameters: tuple[nn.Parameter, ...]
 
 
 class CapturedLinear(torch.autograd.Function):
@@ -82,32 +93,33 @@ class CapturedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        """``δW`` for x; ``Σ δ_iᵀ x_i`` and ``Σ w_i δ_iᵀ x_i`` for W."""
+        """``δW`` for x; ``Σ δ_iᵀ x_i`` and ``Σ w_i δ_iᵀ x_i`` for W, ``Σ δ_i`` and ``Σ w_i δ_i`` for b."""
         x, weight = ctx.saved_tensors
-        module = ctx.layer.module
+        layer, forward_pass, module = ctx.layer, ctx.forward_pass, ctx.layer.module
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = _times(delta, weight) if needs_x else None
         grad_weight = grad_bias = None
         if needs_weight:
-            sums = ctx.forward_pass.sums(ctx.layer, x.shape[0], lambda w: linear_sums(x, delta, w))
-            grad_weight = (
-                delta.reshape(-1, delta.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-                if sums is None
-                else ctx.forward_pass.gradient(module.weight, sums)
+            grad_weight = forward_pass.gradient(
+                layer, module.weight, x.shape[0], lambda w: linear_sums(x, delta, w)
             )
+            if grad_weight is None:
+                grad_weight = _rows(delta).t() @ _rows(x)
         if needs_bias:
-            sums = ctx.forward_pass.sums(ctx.layer, x.shape[0], lambda w: vector_sums(delta, w))
-            grad_bias = (
-                delta.reshape(-1, delta.shape[-1]).sum(0)
-                if sums is None
-                else ctx.forward_pass.gradient(module.bias, sums)
-            )
+            grad_bias = forward_pass.gradient(layer, module.bias, x.shape[0], lambda w: vector_sums(delta, w))
+            if grad_bias is None:
+                grad_bias = _rows(delta).sum(0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Samples and tokens as rows."""
+    return values.reshape(-1, values.shape[-1])
 
 
 def _times(delta: Tensor, weight: Tensor) -> Tensor:
     """``δW`` as one matrix product over all tokens."""
-    return (delta.reshape(-1, delta.shape[-1]) @ weight).view(*delta.shape[:-1], weight.shape[1])
+    return (_rows(delta) @ weight).view(*delta.shape[:-1], weight.shape[1])
 
 
 class CapturedEmbedding(torch.autograd.Function):
@@ -136,43 +148,53 @@ class CapturedEmbedding(torch.autograd.Function):
         def form(weights: Tensor) -> tuple[Tensor, Tensor]:
             return gather(delta), gather(delta * per_token(weights[1], delta).view(*delta.shape[:-1], 1))
 
-        sums = ctx.forward_pass.sums(ctx.layer, indices.shape[0], form)
-        grad = gather(delta) if sums is None else ctx.forward_pass.gradient(module.weight, sums)
-        return None, grad, None, None
+        grad = ctx.forward_pass.gradient(ctx.layer, module.weight, indices.shape[0], form)
+        return None, gather(delta) if grad is None else grad, None, None
 
 
-class CapturedScale(torch.autograd.Function):
-    """``y = x ⊙ γ + β`` over the last dimensions: the affine part of a layer norm."""
+class CapturedLayerNorm(torch.autograd.Function):
+    """``y = x̂ ⊙ γ + β`` with x̂ the normalised input."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, layer: Layer, forward_pass: ForwardPass
     ) -> Tensor:
-        """Scale and shift."""
-        ctx.save_for_backward(x, scale)
+        """Plain layer norm; keeps x and the statistics, as autograd's own would."""
+        module: Any = layer.module
+        out, mean, rstd = torch.native_layer_norm(x, module.normalized_shape, scale, shift, module.eps)
+        ctx.save_for_backward(x, scale, mean, rstd)
         ctx.layer, ctx.forward_pass = layer, forward_pass
-        return x * scale if shift is None else x * scale + shift
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        """``δ ⊙ γ`` for x; sums of δ ⊙ x for γ and of δ for β."""
-        x, scale = ctx.saved_tensors
+        """Layer norm's own gradient for x; sums of δ ⊙ x̂ for γ and of δ for β."""
+        x, scale, mean, rstd = ctx.saved_tensors
         module = ctx.layer.module
         needs_x, needs_scale, needs_shift = ctx.needs_input_grad[:3]
+        grad_x = None
+        if needs_x:
+            grad_x = torch.ops.aten.native_layer_norm_backward(
+                delta.contiguous(), x, module.normalized_shape, mean, rstd, scale, None, [True, False, False]
+            )[0]
 
         def total(values: Tensor, parameter: nn.Parameter) -> Tensor:
-            flat = values.reshape(values.shape[0], -1, parameter.numel())
-            sums = ctx.forward_pass.sums(ctx.layer, x.shape[0], lambda w: vector_sums(flat, w))
-            if sums is None:
-                return flat.sum((0, 1)).view(parameter.shape)
-            shaped = (sums[0].view(parameter.shape), sums[1].view(parameter.shape))
-            return ctx.forward_pass.gradient(parameter, shaped)
+            flat = values.reshape(x.shape[0], -1, parameter.numel())
+
+            def form(weights: Tensor) -> tuple[Tensor, Tensor]:
+                plain, weighted = vector_sums(flat, weights)
+                return plain.view(parameter.shape), weighted.view(parameter.shape)
+
+            grad = ctx.forward_pass.gradient(ctx.layer, parameter, x.shape[0], form)
+            return (flat.sum((0, 1)).view(parameter.shape) if grad is None else grad).to(parameter.dtype)
 
         return (
-            delta * scale if needs_x else None,
-            total(delta * x, module.weight) if needs_scale else None,
-            total(delta, module.bias) if needs_shift else None,
+            grad_x,
+            total(delta.to(mean.dtype) * (x.to(mean.dtype) - mean) * rstd, module.weight)
+            if needs_scale
+            else None,
+            total(delta.to(mean.dtype), module.bias) if needs_shift else None,
             None,
             None,
         )

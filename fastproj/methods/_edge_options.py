@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,6 +19,10 @@ CHOICES = {
     "ratio": ("exact", "lagged"),
     "on_nonfinite": ON_NONFINITE,
 }
+# Endings of transformers' class names, after unwrapping PEFT.
+NEXT_TOKEN = ("ForCausalLM",)
+NEXT_TOKEN_CLASSES = ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
+SAME_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,19 @@ class EdgeOptions:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not 0 < self.q <= 1:
             raise ValueError(f"q must be in (0, 1], got {self.q}")
+        if not abs(self.alpha) < float("inf"):
+            raise ValueError(f"alpha must be a finite number, got {self.alpha}")
+        if self.variant == "released" and self.segments != "global":
+            raise ValueError(
+                f"variant='released' fixes its own segments; leave segments alone, got {self.segments!r}"
+            )
         if isinstance(model, nn.DataParallel):
             raise ValueError("nn.DataParallel copies layers at every step; use DistributedDataParallel")
         self._check_passes()
         self._check_lagged()
         needs_two = self.weight == "token" or self.dropout == "independent"
-        shift = is_causal(model) if self.shift is None else self.shift
+        shift = predicts_next_token(model) if self.shift is None else self.shift
         return replace(self, shift=shift, passes="two" if needs_two else self.passes)
-
-    def with_two_passes(self) -> EdgeOptions:
-        """The same, with the second backward pass settled on."""
-        if self.ratio == "lagged":
-            raise ValueError('ratio="lagged" needs one pass; it cannot fall back to two')
-        return replace(self, passes="two")
 
     def _check_passes(self) -> None:
         for name, value in (("weight", "token"), ("dropout", "independent")):
@@ -73,10 +78,13 @@ class EdgeOptions:
             raise ValueError("ratio='lagged' works inside one backward pass; two passes were asked for")
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model's logits at t predict the label at t+1: decoder-only language models."""
-    for module in model.modules():
-        name = type(module).__name__
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return True
-    return False
+def predicts_next_token(model: nn.Module) -> bool | None:
+    """Whether logits at t belong to the label at t+1, by the model's class; None where that does not tell."""
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = cast(Any, model).get_base_model()
+    name = type(base).__name__
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or name.endswith(SAME_TOKEN):
+        return False
+    return True if name.endswith(NEXT_TOKEN) or name in NEXT_TOKEN_CLASSES else None

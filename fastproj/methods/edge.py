@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fastproj.capture.second_set import SecondSet
 from fastproj.methods._edge_options import EdgeOptions
 from fastproj.methods.gce import CrossEntropy, cross_entropy
 from fastproj.methods.lagged import LaggedRatio
-from fastproj.methods.second_forward import SecondForward
+from fastproj.methods.second_forward import SecondForward, logits_of
 from fastproj.reference.segments import Segments, segmentation
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ class EDGE:
         on_nonfinite: as in :func:`fastproj.edge`.
 
     Gradient accumulation, checkpointing, dropout, autocast and loss scaling work as they do without it:
-    call :meth:`project_` once, after the last ``backward()`` and before ``unscale_`` and clipping.
+    call :meth:`project_` once, after the last ``backward()`` and before ``unscale_`` and clipping. Choose
+    what is trainable before attaching, and let no other loss reach the projected parameters: its gradient
+    would be projected with them. The first step, and the first with another set of layers, holds one
+    sample's gradient against autograd's own, for two more backward passes.
     A context manager; :meth:`detach` leaves the model as it was found.
 
     Raises ValueError for options that are unknown or do not go together, and for a model with nothing to
@@ -88,19 +92,17 @@ class EDGE:
         ).resolved(model)
         self.stats: EdgeStats | None = None
         self.weights: Tensor | None = None
-        self._second_set = SecondSet()
         self._parameters = select_parameters(model, params)
+        if self.options.variant != "released":
+            segmentation(list(self._parameters.values()), segments)  # a wrong id should not wait for a step
         self._lagged = self._make_lagged() if ratio == "lagged" else None
-        self._second_forward = SecondForward(model) if dropout == "independent" else None
         self._capture = Capture(model, self._parameters, attach=self.options.passes != "two")
-        self._versions: dict[nn.Parameter, int] = {}
-        self._watch = [
-            p.register_post_accumulate_grad_hook(self._remember_version)
-            for p in list(self._parameters.values())[:1]
-        ]
-        if self.options.passes == "one" and self._capture.static_obstacles:
-            self.detach()
+        if self._capture.static_obstacles and not self._may_take_two:
             raise _cannot_see(self._capture.static_obstacles)
+        self._verified: set[frozenset[str]] = set()
+        self._second_set = SecondSet(self._parameters.values())
+        self._second_forward = SecondForward(model) if dropout == "independent" else None
+        self._detached = False
 
     def loss(self, logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
         """Mean cross entropy over labels that are not −100 (or their sum over ``num_items``).
@@ -108,12 +110,14 @@ class EDGE:
         logits (B, C) with labels (B,), or (B, T, V) with (B, T). Its ``backward()`` also forms the second
         gradient set. Under no_grad it is plain cross entropy. ``weights`` then holds ``p_y^q``.
         """
+        if self._detached:
+            raise RuntimeError("this engine is detached from its model; make a new one")
         terms = self._terms(logits, labels)
         loss = terms.total(num_items)
         if not loss.requires_grad:
             return loss
         self.weights = self._scale * terms.sample_weights(self.options.q)
-        if self._goes_in_one_pass(loss, labels.shape[0]):
+        if self._goes_in_one_pass(loss, terms, num_items):
             self._close_for_one_pass(loss)
         else:
             self._close_for_two_passes(loss, terms, labels, num_items)
@@ -127,8 +131,7 @@ class EDGE:
         Projects at the step at which accelerate synchronises gradients, so after the last micro-batch and
         before clipping.
         """
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        loss = self.loss(logits, labels, num_items=num_items_in_batch)
+        loss = self.loss(logits_of(outputs), labels, num_items=num_items_in_batch)
         if loss.requires_grad:
             loss.register_hook(self._project_at_end)
         return loss
@@ -141,7 +144,7 @@ class EDGE:
         was changed in between (unscaled, clipped), where a parameter got its gradient past the capture, and
         under torch.distributed with more than one process, over which the second set is not reduced.
         """
-        self._check_untouched()
+        self._second_set.check_untouched()
         _check_single_process()
         if self._lagged is not None and self._lagged.ready:
             self.stats = self._lagged.finish()
@@ -149,8 +152,7 @@ class EDGE:
             self.stats = self._project_exact()
             if self._lagged is not None:
                 self._lagged.learn(self.stats)
-        self._second_set.clear()
-        self._versions.clear()
+        self._second_set.projected()
         return self.stats
 
     def callback(self) -> EdgeCallback:
@@ -164,9 +166,8 @@ class EDGE:
         self._capture.detach()
         if self._second_forward is not None:
             self._second_forward.detach()
-        for handle in self._watch:
-            handle.remove()
-        self._second_set.clear()
+        self._second_set.detach()
+        self._detached = True
 
     def __enter__(self) -> EDGE:
         return self
@@ -182,31 +183,61 @@ class EDGE:
         return self.options.q if self.options.variant == "released" else 1.0
 
     def _terms(self, logits: Tensor, labels: Tensor) -> CrossEntropy:
-        return cross_entropy(logits, labels, shift=bool(self.options.shift) and logits.dim() == 3)
+        return cross_entropy(logits, labels, shift=logits.dim() == 3 and labels.dim() == 2 and self._shift())
+
+    def _shift(self) -> bool:
+        if self.options.shift is None:
+            raise ValueError(
+                "cannot tell from the model's class whether its logits at t predict the label at t+1: pass "
+                "shift=True (decoder-only language models) or shift=False"
+            )
+        return self.options.shift
 
     def _make_lagged(self) -> LaggedRatio:
         plan = segmentation(list(self._parameters.values()), self.options.segments)
         segment_of = dict(zip(self._parameters.values(), plan.first, strict=True))
         return LaggedRatio(segment_of, plan.count, self.options.alpha)
 
-    def _goes_in_one_pass(self, loss: Tensor, batch: int) -> bool:
+    @property
+    def _may_take_two(self) -> bool:
+        """A lagged ratio lives inside one pass, so it has nothing to fall back to."""
+        return self.options.passes != "one" and self.options.ratio != "lagged"
+
+    def _goes_in_one_pass(self, loss: Tensor, terms: CrossEntropy, num_items: Tensor | int | None) -> bool:
         if self.options.passes == "two":
             return False
-        obstacles = self._capture.obstacles(loss, batch)
+        obstacles = self._capture.obstacles(terms.batch) or self._verify_once(loss, terms, num_items)
         if not obstacles:
             return True
-        if self.options.passes == "one":
+        if not self._may_take_two:
             self._capture.close(loss, None, None)
             raise _cannot_see(obstacles)
         warnings.warn(f"EDGE takes two backward passes: {_describe(obstacles)}", stacklevel=3)
-        self.options = self.options.with_two_passes()
+        self.options = replace(self.options, passes="two")
         return False
 
+    def _verify_once(
+        self, loss: Tensor, terms: CrossEntropy, num_items: Tensor | int | None
+    ) -> list[Obstacle]:
+        """The first time that a set of layers runs, hold one sample's gradient against autograd's own."""
+        signature = self._capture.signature
+        if not signature or signature in self._verified:
+            return []
+        sample, sample_loss = terms.heaviest_sample(num_items)
+        obstacles = self._capture.verify(loss, sample_loss, sample, terms.batch)
+        if not obstacles:
+            self._verified.add(signature)
+        return obstacles
+
     def _close_for_one_pass(self, loss: Tensor) -> None:
-        self._second_set.begin()
         lagged = self._lagged
         consume = lagged.consume if lagged is not None and lagged.ready else self._keep_second
         self._capture.close(loss, self.weights, consume)
+        loss.register_hook(self._begin_backward)
+
+    def _begin_backward(self, _: Tensor) -> None:
+        if self._second_set.begin() and self._lagged is not None:
+            self._lagged.forget()
 
     def _keep_second(self, parameter: nn.Parameter, plain: Tensor, weighted: Tensor) -> Tensor:
         self._second_set.add(parameter, weighted)
@@ -226,8 +257,10 @@ class EDGE:
         def second_backward(grad: Tensor) -> None:
             # Inside the first backward, so that loss scaling and accumulation reach both sets alike.
             self._second_set.begin()
-            chosen = list(self._parameters.values())
-            sums = torch.autograd.grad(gce, chosen, grad.to(gce.dtype), retain_graph=True, allow_unused=True)
+            chosen = [p for p in self._parameters.values() if p.requires_grad]
+            # A second forward has a graph of its own, which nothing else needs.
+            keep = self._second_forward is None
+            sums = torch.autograd.grad(gce, chosen, grad.to(gce.dtype), retain_graph=keep, allow_unused=True)
             for parameter, weighted in zip(chosen, sums, strict=True):
                 if weighted is not None:
                     self._second_set.add(parameter, weighted)
@@ -238,7 +271,8 @@ class EDGE:
         erm: list[Tensor | None] = []
         gce: list[Tensor | None] = []
         for name, parameter in self._parameters.items():
-            plain, weighted = parameter.grad, self._second_set.get(parameter)
+            plain = parameter.grad if self._second_set.reached(parameter) else None
+            weighted = self._second_set.get(parameter)
             if (plain is None) != (weighted is None):
                 where = (
                     "outside the captured layers"
@@ -265,18 +299,6 @@ class EDGE:
 
     def _project_once(self) -> None:
         self.project_()
-
-    def _remember_version(self, parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            self._versions[parameter] = parameter.grad._version
-
-    def _check_untouched(self) -> None:
-        for parameter, version in self._versions.items():
-            if parameter.grad is not None and parameter.grad._version != version:
-                raise RuntimeError(
-                    "gradients were changed between backward() and project_(): project first, then "
-                    "unscale, clip and step"
-                )
 
 
 def _check_single_process() -> None:

@@ -49,6 +49,17 @@ class CrossEntropy:
         mean = self.terms.detach().view(counted.shape[0], -1).sum(1) / number.clamp_min(1)
         return torch.where(number > 0, torch.exp(-q * mean), 0.0)
 
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.terms.shape[0]
+
+    def heaviest_sample(self, num_items: Tensor | int | None = None) -> tuple[int, Tensor]:
+        """The sample with the largest share of the total, and that share."""
+        shares = self.terms.reshape(self.batch, -1).sum(1) / self._items(num_items)
+        sample = int(shares.argmax())
+        return sample, shares[sample]
+
     def _items(self, num_items: Tensor | int | None) -> Tensor | int:
         return self.counted.sum() if num_items is None else num_items
 

@@ -48,13 +48,19 @@ class LaggedRatio:
         usable = (stats.erm_norm > 0) & (stats.gce_norm > 0) & ~stats.nonfinite
         ratio = stats.gce_norm / torch.where(usable, stats.erm_norm, 1.0)
         fresh = torch.stack([1 + self._alpha / 2 * ratio, torch.full_like(ratio, -self._alpha / 2)], dim=1)
-        before = torch.tensor([1.0, 0.0], dtype=fresh.dtype, device=fresh.device)
-        if self._coefficients is not None:
-            before = self._coefficients
-        self._coefficients = torch.where(usable[:, None], fresh, before)
+        if self._coefficients is None:
+            self._coefficients = torch.stack([torch.ones_like(ratio), torch.zeros_like(ratio)], dim=1)
+        self._coefficients = torch.where(usable[:, None], fresh, self._coefficients)
+
+    def forget(self) -> None:
+        """The gradients of the running step were dropped."""
+        self._gram = None
 
     def finish(self) -> EdgeStats:
-        """End a step: what its gradients were, with the coefficients that were used."""
+        """End a step: what its gradients were, with the coefficients that were used.
+
+        The Gram is summed over layer calls and micro-batches; that of (e, g) where there is one of each.
+        """
         if self._gram is None or self._coefficients is None:
             raise RuntimeError(
                 "project_() found no gradient: call backward() on the loss of this engine first"

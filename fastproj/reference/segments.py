@@ -61,7 +61,7 @@ def segmentation(shards: Sequence[Tensor | None], segments: Segments) -> Segment
 def _from_ids(ids: Sequence[int], n: int) -> Segmentation:
     ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     for position, segment in enumerate(ids):
-        if isinstance(segment, bool) or not isinstance(segment, int):
+        if isinstance(segment, bool) or not hasattr(segment, "__index__"):
             raise TypeError(
                 f"segment ids must be integers, got {type(segment).__name__} at position {position}"
             )
@@ -73,7 +73,7 @@ def _from_ids(ids: Sequence[int], n: int) -> Segmentation:
         raise ValueError(
             f"segment ids must be non-negative and cover 0 … S−1 without gaps, got {sorted(set(ids))[:8]}"
         )
-    return Segmentation(tuple(ids), False, count)
+    return Segmentation(tuple(map(int, ids)), False, count)
 
 
 def segment_views(shard: Tensor, first: int, rows: bool) -> Iterator[tuple[int, Tensor]]:

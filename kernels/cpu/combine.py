@@ -42,8 +42,9 @@ def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
         _combine_through_buffer(targets, terms, pack.dtype)
         return
     (scale, pieces), *others = terms
-    if pieces[0].data_ptr() != targets[0].data_ptr():
-        torch._foreach_copy_(targets, pieces)
+    copied = [(t, p) for t, p in zip(targets, pieces, strict=True) if t.data_ptr() != p.data_ptr()]
+    if copied:
+        torch._foreach_copy_([t for t, _ in copied], [p for _, p in copied])
     if scale != 1:
         torch._foreach_mul_(targets, scale)
     for c, pieces in others:

@@ -133,7 +133,7 @@ def test_attention_that_owns_its_weights_is_refused_by_name() -> None:
 
 def test_backward_without_the_engines_loss_is_an_error() -> None:
     tiny = bert()
-    with fastproj.EDGE(tiny.model), pytest.raises(RuntimeError, match="before sample weights were known"):
+    with fastproj.EDGE(tiny.model), pytest.raises(RuntimeError, match="sample weights are not known"):
         tiny.logits().sum().backward()
 
 

@@ -201,7 +201,7 @@ def test_gradients_changed_before_the_projection_are_an_error() -> None:
     with fastproj.EDGE(tiny.model) as engine:
         engine.loss(tiny.logits(), tiny.labels).backward()
         nn.utils.clip_grad_norm_(tiny.model.parameters(), 1e-3)
-        with pytest.raises(RuntimeError, match="changed between backward"):
+        with pytest.raises(RuntimeError, match=r"changed after backward\(\): project first"):
             engine.project_()
 
 
@@ -212,7 +212,7 @@ def test_projection_without_a_backward_is_an_error() -> None:
             engine.project_()
         engine.loss(tiny.logits(), tiny.labels).backward()
         engine.project_()
-        with pytest.raises(RuntimeError, match=r"dropped before project_|outside the captured layers"):
+        with pytest.raises(RuntimeError, match="no gradient"):
             engine.project_()
 
 
