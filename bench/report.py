@@ -28,7 +28,10 @@ def machine() -> dict[str, Any]:
 
 
 def publish(benchmark: Any, title: str, rows: Sequence[Mapping[str, str]], command: str) -> None:
-    """Print the rows, keep them in the benchmark's record, and write them where RESULTS=1 asks for it."""
+    """Print the rows and keep them in the benchmark's record.
+
+    With FASTPROJ_BENCH_RESULTS set they are written to bench/results too.
+    """
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "contender" else "right")

@@ -131,7 +131,7 @@ def edge_(
     if not checked.shards:
         return EdgeStats(torch.zeros(checked.count, 2, 2, dtype=torch.float64), _untouched(checked.count))
     e, g = split_sets(checked.shards, 2)
-    check_aliases(e, checked.shards, "erm")
+    check_aliases(e, g, "erm")
     return EdgeStats(
         *torch.ops.fastproj.edge_(
             e, g, checked.first, checked.rows, checked.count, float(alpha), variant, skip

@@ -65,8 +65,10 @@ class ForwardPass:
                 f"{layer.name!r} was called with first dimension {batch}, expected the batch of "
                 f"{self.weights.shape[1]} samples"
             )
-        # A backward pass inside autocast would sum in its dtype.
-        with torch.autocast(self.weights.device.type, enabled=False):
+        device_type = self.weights.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self.consume(parameter, *form(self.weights))
+        with torch.autocast(device_type, enabled=False):  # a backward pass in there would sum in its dtype
             return self.consume(parameter, *form(self.weights))
 
 

@@ -9,10 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Two fp32 sets of this many elements fill half of a 2 MiB L2 and amortise ATen's cost per call.
-PACK = 131_072
-# Small shards are copied together for one dot product; this bounds the copy, 64 KiB a set in fp32.
-GATHER = 16_384
+# Two fp32 sets of this many elements fill a quarter of a 2 MiB L2 and amortise ATen's cost per call.
+PACK = 65_536
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,12 @@ class Pack:
     sets: list[list[Tensor]]
 
 
-def packs(
-    shards: Sequence[Tensor], num_sets: int, first: Sequence[int], together: int = PACK
-) -> Iterator[Pack]:
-    """The sets in order: shards up to ``together`` elements at a time, those over ``PACK`` in flat pieces."""
+def packs(shards: Sequence[Tensor], num_sets: int, first: Sequence[int]) -> Iterator[Pack]:
+    """The sets in order, small shards together and big ones in flat pieces, ``PACK`` elements at most."""
     n = len(first)
     numels = tuple([shard.numel() for shard in shards[:n]])
     dtypes = tuple([shard.dtype for shard in shards])
-    for segment, dtype, uniform, members in _groups(numels, dtypes, tuple(first), together):
+    for segment, dtype, uniform, members in _groups(numels, dtypes, tuple(first)):
         sets = [[shards[k * n + i] for i in members] for k in range(num_sets)]
         if numels[members[0]] <= PACK:
             yield Pack(segment, dtype, uniform, sets)
@@ -48,9 +44,7 @@ Group = tuple[int, torch.dtype, bool, tuple[int, ...]]
 
 
 @lru_cache(maxsize=64)
-def _groups(
-    numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tuple[int, ...], together: int
-) -> list[Group]:
+def _groups(numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tuple[int, ...]) -> list[Group]:
     """Neighbouring shards of one segment and dtype that fit one pack; a big shard is a group of its own."""
     groups: list[tuple[tuple[int, torch.dtype, bool], list[int]]] = []
     room = 0
@@ -62,7 +56,7 @@ def _groups(
         kind = (first[i], dtype, all(other == dtype for other in own))
         if not groups or groups[-1][0] != kind or numel > room:
             groups.append((kind, []))
-            room = together
+            room = PACK
         groups[-1][1].append(i)
         room -= numel
     return [(*kind, tuple(members)) for kind, members in groups]

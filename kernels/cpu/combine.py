@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastproj.kernels.cpu._chunks import PACK, Pack, multiply_dtype, packs, positions, row_matrix
 
+ONE_SWEEP = (1e-3, 1e3)
+
 
 @torch.no_grad()
 def combine(
@@ -45,10 +47,39 @@ def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
     copied = [(t, p) for t, p in zip(targets, pieces, strict=True) if t.data_ptr() != p.data_ptr()]
     if copied:
         torch._foreach_copy_([t for t, _ in copied], [p for _, p in copied])
+    if len(others) == 1 and _fits_one_sweep(scale, others[0][0], [*targets, *others[0][1]]):
+        _scale_and_add(targets, others[0][1], scale, others[0][0])
+        return
     if scale != 1:
         torch._foreach_mul_(targets, scale)
     for c, pieces in others:
         torch._foreach_add_(targets, pieces, alpha=c)
+
+
+def _fits_one_sweep(scale: float, c: float, tensors: Sequence[Tensor]) -> bool:
+    """Whether :func:`_scale_and_add` keeps its precision, and memory is in the order that it expects."""
+    low, high = ONE_SWEEP
+    in_range = low < abs(c) < high and abs(1 - scale) < high
+    return in_range and all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _scale_and_add(targets: list[Tensor], pieces: list[Tensor], scale: float, c: float) -> None:
+    """``t ← scale·t + c·p`` in one sweep over memory, where a multiplication and an addition take two.
+
+    It is a step of plain gradient descent with weight decay: ``t ← t − lr (p + decay·t)``.
+    """
+    torch._fused_sgd_(
+        targets,
+        pieces,
+        [],
+        weight_decay=(1 - scale) / -c,
+        momentum=0.0,
+        lr=-c,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def _is_read_again(targets: Sequence[Tensor], terms: Sequence[tuple[float, list[Tensor]]]) -> bool:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
-from fastproj.kernels.cpu._chunks import GATHER, Pack, multiply_dtype, packs, positions, row_matrix
+from fastproj.kernels.cpu._chunks import Pack, multiply_dtype, packs, positions, row_matrix
 
 # Squares outside this range have met fp32's overflow or underflow; fp64 holds all products of fp32.
 SAFE_SQUARE = (1e-30, 1e30)
@@ -20,7 +19,7 @@ def gram(shards: list[Tensor], num_sets: int, first: Sequence[int], rows: bool, 
     if rows:
         return _row_gram(shards, num_sets, first, count)
     totals = [[0.0] * (num_sets * num_sets) for _ in range(count)]
-    for pack in packs(shards, num_sets, first, GATHER):
+    for pack in packs(shards, num_sets, first):
         total = totals[pack.segment]
         for index, value in enumerate(_pack_gram(pack)):
             total[index] += value
@@ -29,21 +28,23 @@ def gram(shards: list[Tensor], num_sets: int, first: Sequence[int], rows: bool, 
 
 def _pack_gram(pack: Pack) -> list[float]:
     """The K×K inner products of one pack, in fp64 where fp32 would leave its range."""
-    vectors = [own[0].reshape(-1) if len(own) == 1 else _flatten_dense_tensors(own) for own in pack.sets]
-    values = _inner_products([vector.to(pack.dtype) for vector in vectors])
-    k = len(vectors)
+    sets = pack.sets if pack.uniform else [[piece.to(pack.dtype) for piece in own] for own in pack.sets]
+    values = _inner_products(sets)
+    k = len(sets)
     low, high = SAFE_SQUARE
     if pack.dtype == torch.float32 and not all(low < values[a * k + a] < high for a in range(k)):
-        values = _inner_products([vector.to(torch.float64) for vector in vectors])
+        values = _inner_products([[piece.to(torch.float64) for piece in own] for own in sets])
     return values
 
 
-def _inner_products(pieces: Sequence[Tensor]) -> list[float]:
-    k = len(pieces)
+def _inner_products(sets: Sequence[Sequence[Tensor]]) -> list[float]:
+    k = len(sets)
+    flat = [[piece.reshape(-1) for piece in own] for own in sets]
     values = [0.0] * (k * k)
     for a in range(k):
         for b in range(a, k):
-            values[a * k + b] = values[b * k + a] = torch.dot(pieces[a], pieces[b]).item()
+            products = [torch.dot(x, y).item() for x, y in zip(flat[a], flat[b], strict=True)]
+            values[a * k + b] = values[b * k + a] = sum(products)
     return values
 
 

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastproj
-from fastproj.kernels.cpu._chunks import GATHER
 
 LAYERS, WIDTH, RANK = 6, 256, 8
 
@@ -73,7 +72,6 @@ def test_extra_peak_memory_is_at_most_one_gradient_set(
     plain, _ = step(batch, tokens)
     edge, one_set = step(batch, tokens, **options)
     extra = peak_bytes(edge) - peak_bytes(plain)
-    workspace = 2 * 4 * GATHER  # small shards of both sets, gathered in fp32 for one dot product
-    assert extra <= (sets + 0.05) * one_set + workspace, f"{extra / one_set:.3f} gradient sets"
+    assert extra <= (sets + 0.05) * one_set, f"{extra / one_set:.3f} gradient sets"
     if sets and tokens == 3:
         assert extra > 0.5 * one_set, "the second set does not show: the measurement is broken"
