@@ -74,5 +74,6 @@ class LaggedRatio:
 def _pair_gram(plain: Tensor, weighted: Tensor) -> Tensor:
     """The 2×2 Gram of one call's two sums, fp64."""
     dtype = torch.promote_types(plain.dtype, torch.float32)
-    both = torch.stack([plain.reshape(-1), weighted.reshape(-1)]).to(dtype)
-    return (both @ both.t()).to(torch.float64)
+    e, g = plain.reshape(-1).to(dtype), weighted.reshape(-1).to(dtype)
+    crossed = torch.dot(e, g)
+    return torch.stack([torch.dot(e, e), crossed, crossed, torch.dot(g, g)]).to(torch.float64).view(2, 2)
