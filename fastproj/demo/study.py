@@ -23,12 +23,15 @@ from fastproj.demo.training import RunResult, TrainingConfig, run, run_key
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 DEFAULT_METHODS = (
     "erm",
-    "edge:alpha=0.5",
     "edge:alpha=1",
     "edge:alpha=2",
+    "edge:alpha=8",
+    "edge:alpha=2,q=0.3",
+    "tensor:alpha=2",
+    "lagged:alpha=2",
     "released",
-    "naive",
     "subtract",
+    "naive",
 )
 
 

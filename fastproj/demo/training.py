@@ -39,7 +39,7 @@ class TrainingConfig:
         device: where to train.
     """
 
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 32
     learning_rate: float = 2e-3
     schedule: str = "linear"

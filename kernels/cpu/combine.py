@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastproj.kernels.cpu._chunks import PACK, Pack, multiply_dtype, packs, positions, row_matrix
 
-ONE_SWEEP = (1e-3, 1e3)
+# Beyond these a step of gradient descent with weight decay would lose digits of the smaller term.
+LARGEST_DECAY = 1e3
+SMALLEST_FACTOR = 1e-20
 
 
 @torch.no_grad()
@@ -58,8 +60,7 @@ def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
 
 def _fits_one_sweep(scale: float, c: float, tensors: Sequence[Tensor]) -> bool:
     """Whether :func:`_scale_and_add` keeps its precision, and memory is in the order that it expects."""
-    low, high = ONE_SWEEP
-    in_range = low < abs(c) < high and abs(1 - scale) < high
+    in_range = SMALLEST_FACTOR < abs(c) < 1 / SMALLEST_FACTOR and abs(1 - scale) < LARGEST_DECAY * abs(c)
     return in_range and all(tensor.is_contiguous() for tensor in tensors)
 
 
