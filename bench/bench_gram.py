@@ -40,9 +40,10 @@ def test_gram(benchmark: Any, workload: str, num_sets: int, device: str) -> None
     sets = [gradient_set(WORKLOADS[workload], seed, device) for seed in range(num_sets)]
     expected = fastproj.gram(sets)[0].to(torch.float32)
     for other in (stacked_product, pairwise_loop):
-        # fp32 sums of millions of products; off the diagonal they cancel against norms of that size.
+        # One fp32 sum over 40 million products, as the others keep it, is off by some tenths of a per cent;
+        # off the diagonal sums cancel against norms of that size.
         scale = expected.diagonal().max().item()
-        torch.testing.assert_close(other(sets).to(device), expected, rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(other(sets).to(device), expected, rtol=1e-2, atol=1e-2 * scale)
     contenders = {
         "fastproj.gram": lambda: fastproj.gram(sets),
         "stacked product": lambda: stacked_product(sets),
