@@ -289,3 +289,19 @@ def test_projecting_one_tensor_twice_in_place_is_an_error() -> None:
     e, g = torch.ones(3), torch.ones(3)
     with pytest.raises(ValueError, match="at two positions"):
         fastproj.edge_([e, e], [g, g])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "pair", [(1e-3, 1e-3), (1e-6, 0.5), (0.0, 0.5), (-1e-4, 2.0), (0.5, -0.5), (900.0, -1.0)]
+)
+def test_small_coefficients_keep_their_digits(path: str, pair: tuple[float, float]) -> None:
+    a, b = random_sets(2, [(40, 33), (7,)])
+    # Scaled so that neither term hides the other's error.
+    sets = [a, [shard * abs(pair[0] / pair[1]) for shard in b]] if pair[0] else [a, b]
+    got = run(path, Family(sets, "global"), torch.tensor([pair], dtype=torch.float64))
+    for value, x, y in zip(got, *sets, strict=True):
+        exact = pair[0] * x.double() + pair[1] * y.double()
+        size = (pair[0] * x.double()).abs() + (pair[1] * y.double()).abs()
+        # Two products and a sum, each rounded once to fp32.
+        assert ((value.double() - exact).abs() <= 4 * torch.finfo(torch.float32).eps * size).all()

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastproj.kernels.cpu._chunks import PACK, Pack, multiply_dtype, packs, positions, row_matrix
 
-# Beyond these a step of gradient descent with weight decay would lose digits of the smaller term.
+# Within these a step of gradient descent with weight decay keeps the digits of both terms: below the scale,
+# ``t − (1 − scale)·t`` cancels.
+SMALLEST_SCALE = 0.5
 LARGEST_DECAY = 1e3
 SMALLEST_FACTOR = 1e-20
 
@@ -60,7 +62,11 @@ def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
 
 def _fits_one_sweep(scale: float, c: float, tensors: Sequence[Tensor]) -> bool:
     """Whether :func:`_scale_and_add` keeps its precision, and memory is in the order that it expects."""
-    in_range = SMALLEST_FACTOR < abs(c) < 1 / SMALLEST_FACTOR and abs(1 - scale) < LARGEST_DECAY * abs(c)
+    in_range = (
+        scale >= SMALLEST_SCALE
+        and SMALLEST_FACTOR < abs(c) < 1 / SMALLEST_FACTOR
+        and abs(1 - scale) < LARGEST_DECAY * abs(c)
+    )
     return in_range and all(tensor.is_contiguous() for tensor in tensors)
 
 
