@@ -1,0 +1,1 @@
+"""Timing on a GPU: events, cold caches, graphs, telemetry, records and their comparison."""
