@@ -13,10 +13,10 @@ DEMO_TEXTS := .cache/vaderSentiment-3.3.2.tar.gz
 TYPING := build/typing/fastproj
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean install typing
+.PHONY: help demo test audit lint bench clean install typing
 
 help:
-	@echo "make demo | test | lint | bench | clean    (ARGS='...' is passed to the command)"
+	@echo "make demo | test | audit | lint | bench | clean    (ARGS='...' is passed to the command)"
 
 install: $(INSTALLED)
 
@@ -49,6 +49,9 @@ demo: $(DEMO_MODEL) $(DEMO_TEXTS)
 
 test: $(DEMO_MODEL) $(DEMO_TEXTS)
 	env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+audit: $(INSTALLED)
+	$(BIN)/fastproj audit $(ARGS)
 
 bench: $(DEMO_MODEL) $(DEMO_TEXTS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-only $(ARGS)

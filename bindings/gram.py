@@ -27,7 +27,8 @@ def gram(sets: Sequence[Sequence[Tensor | None]], *, segments: Segments = "globa
     Returns:
         (S, K, K) in fp64 on the shards' device: squares of fp32 gradients do not fit fp32. Products of
         half and single precision shards are taken in fp32, scaled or repeated in fp64 where they would
-        leave its range, and summed in a fixed order, so that equal inputs give equal bits.
+        leave its range, and summed in a fixed order: equal inputs give equal bits, where 16-byte alignment
+        is equal too.
 
     Raises:
         TypeError: a shard is not a dense fp32, bf16, fp16 or fp64 tensor; segment ids are not integers.

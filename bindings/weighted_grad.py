@@ -26,7 +26,7 @@ def weighted_grad(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
         in the dtype of the sum. x and delta are read once for all K.
         On a GPU the weighted side is rounded to the result's dtype before the product, as a layer's own
         backward would, and fp32 products are exact unless ``torch.backends.cuda.matmul`` allows TF32.
-        Equal inputs give equal bits.
+        Equal inputs give equal bits, where 16-byte alignment is equal too.
 
     Raises:
         TypeError: an input is not a dense fp32, bf16, fp16 or fp64 tensor.

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from fastproj import __version__
+from fastproj.bench.audit.command import audit
+from fastproj.bench.harness.command import app as bench
 
 app = typer.Typer(
     name="fastproj",
@@ -16,6 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+app.command()(audit)
+app.add_typer(bench, name="bench")
 
 Alphas = Annotated[str | None, typer.Option("--alpha", metavar="A,B,C", help="Strengths of EDGE to compare.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs per method, each with its own seed.")]

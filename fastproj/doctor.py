@@ -37,6 +37,7 @@ REQUIREMENTS = (
     Requirement("safetensors", "safetensors", "0.4", "saved weights", True),
     Requirement("typer", "typer", "0.12", "the command line", True),
     Requirement("rich", "rich", "13", "tables and progress displays", True),
+    Requirement("networkx", "networkx", "3", "the audit of the kernels", True),
     Requirement("nvidia-ml-py", "pynvml", "12", "driver version and GPU telemetry", False),
     Requirement("numpy", "numpy", "1.26", "the demo and studies", False),
     Requirement("jinja2", "jinja2", "3.1", "the report page", False),

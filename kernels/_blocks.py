@@ -22,9 +22,15 @@ from torch import Tensor
 
 BLOCKS = 1024
 SMALLEST_PIECE = 4096
+LARGEST_PIECE = 2**30  # device code counts the elements of a block in int32
+PIECE_STEP = 2048  # a multiple of every tile, so that only the last block of a shard or a row is ragged
 NARROW_BELOW = 512  # rows of fewer elements share a program
-WIDEST_COLUMNS = 64
+COLUMN_CHOICES = (8, 16, 64)  # columns of a tile of narrow rows
 ALIGNMENT = 16  # bytes of a 128-bit access
+ROW_ALIGNMENT = 8  # elements: where rows begin at multiples of it, none breaks a 128-bit access
+THREADS = 128  # of a program
+VECTORS = {1: 4, 2: 2}  # 128-bit loads of a thread per set; with more sets than these one
+LARGEST_TILE = 2048  # elements
 FLAT = -1  # row width that marks a flat block
 
 DEVICE_DTYPES = {
@@ -33,6 +39,10 @@ DEVICE_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
+
+
+# A CUDA graph reads these tables at every replay, long after the caches below have let go of them.
+_CAPTURED: list[Work] = []
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,8 @@ class Group:
 
     dtypes: tuple[torch.dtype, ...]
     aligned: bool
-    even: bool
     columns: int
     blocks: Tensor
-
-    @property
-    def device_dtypes(self) -> tuple[tl.dtype, ...]:
-        return tuple(DEVICE_DTYPES[dtype] for dtype in self.dtypes)
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,7 @@ class Work:
     shards: int
 
 
-def prepare(
-    lists: Sequence[Sequence[Tensor]], first: Sequence[int], rows: bool, count: int, chunk: int
-) -> Work:
+def prepare(lists: Sequence[Sequence[Tensor]], first: Sequence[int], rows: bool, count: int) -> Work:
     """The work list over ``lists`` of n contiguous tensors each: the sets, and the output if there is one.
 
     It holds their addresses and not the tensors, which the caller keeps alive until the launches are queued.
@@ -83,13 +86,16 @@ def prepare(
     addresses = tuple(tuple(shard.data_ptr() for shard in shards) for shards in lists)
     dtypes = tuple(zip(*((shard.dtype for shard in shards) for shards in lists), strict=True))
     aligned = tuple(
-        all(address % ALIGNMENT == 0 for address in at) and (number == 1 or width % ALIGNMENT == 0)
+        all(address % ALIGNMENT == 0 for address in at) and (number == 1 or width % ROW_ALIGNMENT == 0)
         for at, (number, width) in zip(zip(*addresses, strict=True), shapes, strict=True)
     )
     device = lists[0][0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    plan = _plan(shapes, tuple(first), rows, count, dtypes, aligned, chunk, device, stream)
-    return Work(plan, _address_table(addresses, device, stream), len(shapes))
+    plan = _plan(shapes, tuple(first), rows, count, dtypes, aligned, device, stream)
+    work = Work(plan, _address_table(addresses, device, stream), len(shapes))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(work)
+    return work
 
 
 def contiguous(shards: Sequence[Tensor]) -> list[Tensor]:
@@ -107,6 +113,27 @@ def copy_back(out: Sequence[Tensor], written: Sequence[Tensor]) -> None:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current, as triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def device_dtypes(dtypes: Sequence[torch.dtype]) -> tuple[tl.dtype, ...]:
+    """The same dtypes in the words of device code."""
+    return tuple(DEVICE_DTYPES[dtype] for dtype in dtypes)
+
+
+def tile_of(dtypes: Sequence[torch.dtype], aligned: bool) -> tuple[int, int]:
+    """(elements, neighbours in one thread) of a tile over sets of these dtypes: whole 128-bit loads."""
+    vector = ALIGNMENT // min(dtype.itemsize for dtype in dtypes) if aligned else 1
+    return min(THREADS * vector * VECTORS.get(len(dtypes), 1), LARGEST_TILE), vector
+
+
+def launch_options(threads: int, stages: int = 3, *, amd: bool | None = None) -> dict[str, int]:
+    """Warps and pipeline stages of a program, by default for the GPU that torch is built for.
+
+    AMD's warps have 64 threads, and loads there wait in registers: a third stage only fills shared memory.
+    """
+    if amd is None:
+        amd = torch.version.hip is not None
+    return {"num_warps": threads // (64 if amd else 32), "num_stages": min(stages, 2) if amd else stages}
 
 
 def accumulation_dtype(dtypes: Sequence[torch.dtype]) -> tl.dtype:
@@ -142,14 +169,13 @@ def _plan(
     count: int,
     dtypes: tuple[tuple[torch.dtype, ...], ...],
     aligned: tuple[bool, ...],
-    chunk: int,
     device: torch.device,
     stream: int,
 ) -> Plan:
     """Cut the shards into blocks and sort these into launches; ``stream`` only keys the cache."""
     total = sum(number * width for number, width in shapes)
-    piece = max(SMALLEST_PIECE, -(-total // BLOCKS))
-    piece = -(-piece // chunk) * chunk
+    piece = min(max(SMALLEST_PIECE, -(-total // BLOCKS)), LARGEST_PIECE)
+    piece = -(-piece // PIECE_STEP) * PIECE_STEP
     tables: dict[tuple[tuple[torch.dtype, ...], bool], list[Tensor]] = {}
     slots_of_segment = torch.zeros(count, dtype=torch.int64)
     slot = 0
@@ -216,8 +242,15 @@ def _group(
     """One launch: fill in the segments' slot ranges and read off what its kernels may take for granted."""
     blocks[:, 6] = bounds[blocks[:, 5]]
     blocks[:, 7] = bounds[blocks[:, 5] + 1]
-    flat = blocks[:, 3] == FLAT
-    even = not (blocks[flat, 2] % ALIGNMENT).any()
-    widest = 0 if flat.all() else max(int(blocks[~flat, 3].max()), 4)
-    columns = min(1 << (widest - 1).bit_length(), WIDEST_COLUMNS) if widest else 0
-    return Group(dtypes, aligned, even, columns, _upload(blocks, device))
+    narrow = blocks[:, 3] != FLAT
+    return Group(
+        dtypes,
+        aligned,
+        _columns(int(blocks[narrow, 3].max())) if narrow.any() else 0,
+        _upload(blocks, device),
+    )
+
+
+def _columns(width: int) -> int:
+    """The fewest columns that hold a row at once, or the most there are."""
+    return next((columns for columns in COLUMN_CHOICES if columns >= width), COLUMN_CHOICES[-1])

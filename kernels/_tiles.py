@@ -20,17 +20,16 @@ LARGEST_TRUSTED = tl.constexpr(2.0**127)
 
 
 @triton.jit
-def block_fields(blocks, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
+def block_fields(blocks, ALIGNED: tl.constexpr):
     """Where this program's block lies: shard, first element, length, row width (−1: flat), slot, segment."""
     row = blocks + tl.program_id(0).to(tl.int64) * 10
     start = tl.load(row + 1)
-    length = tl.load(row + 2).to(tl.int32)
     width = tl.load(row + 3).to(tl.int32)
+    # Hints stay with a value only inside the function that makes it. A flat block has no use for its width.
     if ALIGNED:
-        start = tl.multiple_of(start, 16)
-    if EVEN:
-        length = tl.multiple_of(length, 16)
-    return tl.load(row), start, length, width, tl.load(row + 4), tl.load(row + 5)
+        start = tl.multiple_of(start, 8)
+        width = tl.multiple_of(width, 8)
+    return tl.load(row), start, tl.load(row + 2).to(tl.int32), width, tl.load(row + 4), tl.load(row + 5)
 
 
 @triton.jit
@@ -82,12 +81,16 @@ def zeros(COUNT: tl.constexpr, LENGTH: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def add_products(sums, tiles):
-    """``sums[ab] + tile_a · tile_b`` for each pair a ≤ b, element by element."""
+def add_products(sums, tiles, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """``sums[ab] + Σ tile_a · tile_b`` over each VECTOR neighbours, for each pair a ≤ b.
+
+    A thread holds whole vectors: it adds them up in its own registers and keeps one sum a vector.
+    """
     out = ()
     for a in tl.static_range(len(tiles)):
         for b in tl.static_range(a, len(tiles)):
-            out = out + (sums[len(out)] + tiles[a] * tiles[b],)
+            product = tl.reshape(tiles[a] * tiles[b], [CHUNK // VECTOR, VECTOR])
+            out = out + (sums[len(out)] + tl.sum(product, axis=1),)
     return out
 
 
@@ -134,7 +137,7 @@ def add_row_products(sums, tiles):
 
 
 @triton.jit
-def flat_products(pointers, length, CHUNK: tl.constexpr, ACC: tl.constexpr):
+def flat_products(pointers, length, CHUNK: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
     """``Σ x_a x_b`` over a flat block for each pair a ≤ b, fp64 scalars.
 
     Lanes add up in ACC. Where fp32 may have overflowed or lost products to underflow, the block is read
@@ -142,13 +145,13 @@ def flat_products(pointers, length, CHUNK: tl.constexpr, ACC: tl.constexpr):
     """
     pairs: tl.constexpr = len(pointers) * (len(pointers) + 1) // 2
     offsets = tl.arange(0, CHUNK)
-    sums = zeros(pairs, CHUNK, ACC)
+    sums = zeros(pairs, CHUNK // VECTOR, ACC)
     full = length // CHUNK * CHUNK
     for at in range(0, full, CHUNK):
-        sums = add_products(sums, load_tiles(pointers, at + offsets, None, False, ACC))
+        sums = add_products(sums, load_tiles(pointers, at + offsets, None, False, ACC), CHUNK, VECTOR)
     if full < length:
         tail = full + offsets
-        sums = add_products(sums, load_tiles(pointers, tail, tail < length, True, ACC))
+        sums = add_products(sums, load_tiles(pointers, tail, tail < length, True, ACC), CHUNK, VECTOR)
     out = ()
     trusted = length >= 0
     for a in tl.static_range(len(pointers)):
@@ -159,7 +162,8 @@ def flat_products(pointers, length, CHUNK: tl.constexpr, ACC: tl.constexpr):
             out = out + (total.to(tl.float64),)
     if ACC == tl.float32:
         if not trusted:
-            out = scaled_flat_products(pointers, length, CHUNK)
+            # Rare, so that it takes short tiles rather than registers from the loop above.
+            out = scaled_flat_products(pointers, length, CHUNK // VECTOR)
     return out
 
 

@@ -6,39 +6,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastproj.kernels._blocks import accumulation_dtype, contiguous, copy_back, on_device, prepare
-from fastproj.kernels._compile import CompileCase
+from fastproj.kernels._blocks import (
+    COLUMN_CHOICES,
+    THREADS,
+    accumulation_dtype,
+    contiguous,
+    copy_back,
+    device_dtypes,
+    launch_options,
+    on_device,
+    prepare,
+    tile_of,
+)
+from fastproj.kernels._cases import CompileCase, every_pair
+from fastproj.kernels._span_cases import (
+    ALIKE,
+    MIXED,
+    PER_ROW,
+    alternating,
+    bytes_a_turn,
+    span_name,
+    unaligned,
+)
 from fastproj.kernels._tiles import block_fields, combine_flat, combine_rows, set_pointers, shard_pointer
 
-CHUNK = 1024
-NUM_WARPS = 4
+
+@triton.jit
+def row_coefficients(coefficients, rows, length, SETS: tl.constexpr):
+    """Each narrow row's own coefficients, one vector per set."""
+    c = ()
+    for k in tl.static_range(SETS):
+        c = c + (tl.load(coefficients + rows * SETS + k, mask=rows < length, other=0.0),)
+    return c
 
 
 @triton.jit(do_not_specialize=["shards"])
 def _combine_kernel(
     addresses, blocks, coefficients, shards,
     DTYPES: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``out = Σ_k C[s,k] G_k`` over one block; narrow rows are segments of their own."""
     sets: tl.constexpr = len(DTYPES)
-    shard, start, length, width, _, segment = block_fields(blocks, ALIGNED, EVEN and COLUMNS == 0)
+    shard, start, length, width, _, segment = block_fields(blocks, ALIGNED)
     pointers = set_pointers(addresses, shards, shard, start, DTYPES, ALIGNED)
     target = shard_pointer(addresses, sets * shards, shard, start, OUT, ALIGNED)
     narrow = width >= 0
     if COLUMNS > 0 and narrow:
-        if ALIGNED:
-            width = tl.multiple_of(width, 16)
         for row in range(0, length, ROWS):
-            rows = row + tl.arange(0, ROWS)
-            c = ()
-            for k in tl.static_range(sets):
-                c = c + (tl.load(coefficients + (segment + rows) * sets + k, mask=rows < length, other=0.0),)
+            c = row_coefficients(coefficients + segment * sets, row + tl.arange(0, ROWS), length, sets)
             combine_rows(target, pointers, c, row, length, width, ROWS, COLUMNS, ACC)
     else:
         c = ()
@@ -60,40 +83,48 @@ def combine(
     n, (count, num_sets) = len(out), coefficients.shape
     written = contiguous(out)
     sets = [contiguous(shards[k * n : (k + 1) * n]) for k in range(num_sets)]
-    work = prepare([*sets, written], first, rows, count, CHUNK)
+    work = prepare([*sets, written], first, rows, count)
     coefficients = coefficients.contiguous()
     with on_device(coefficients):
         for group in work.plan.groups:
             _combine_kernel[(len(group.blocks),)](
                 work.addresses, group.blocks, coefficients, work.shards,
-                DTYPES=group.device_dtypes[:-1], OUT=group.device_dtypes[-1],
-                ACC=accumulation_dtype(group.dtypes), CHUNK=CHUNK,
-                ROWS=CHUNK // group.columns if group.columns else 0, COLUMNS=group.columns,
-                ALIGNED=group.aligned, EVEN=group.even, num_warps=NUM_WARPS,
+                **combine_configuration(group.dtypes, group.columns, group.aligned),
+                **launch_options(THREADS),
             )  # fmt: skip
     copy_back(out, written)
 
 
-def _case(name: str, dtypes: tuple[tl.dtype, ...], columns: int = 0, quick: bool = True) -> CompileCase:
+def combine_configuration(dtypes: tuple[torch.dtype, ...], columns: int, aligned: bool) -> dict[str, Any]:
+    """The constants of the kernel for shards of these dtypes, one per set and the output's last."""
+    chunk, _ = tile_of(dtypes[:-1], aligned)
+    return {
+        "DTYPES": device_dtypes(dtypes[:-1]), "OUT": device_dtypes(dtypes)[-1],
+        "ACC": accumulation_dtype(dtypes), "CHUNK": chunk,
+        "ROWS": chunk // columns if columns else 0, "COLUMNS": columns, "ALIGNED": aligned,
+    }  # fmt: skip
+
+
+def _case(sets: int, dtypes: tuple[torch.dtype, ...], columns: int, aligned: bool) -> CompileCase:
+    own = alternating(dtypes, sets)
     return CompileCase(
-        name=name,
+        name=span_name(own, columns, aligned),
         kernel=_combine_kernel,
         signature={"addresses": "*i64", "blocks": "*i64", "coefficients": "*fp64", "shards": "i32"},
-        constexprs={
-            "DTYPES": dtypes, "OUT": dtypes[0], "ACC": tl.float64 if tl.float64 in dtypes else tl.float32,
-            "CHUNK": CHUNK, "ROWS": CHUNK // columns if columns else 0, "COLUMNS": columns,
-            "ALIGNED": True, "EVEN": True,
-        },
+        constexprs=combine_configuration((*own, own[0]), columns, aligned),
         divisible_by_16=("addresses", "blocks", "coefficients"),
-        num_warps=NUM_WARPS,
-        vector_accesses=True,
-        quick=quick,
-    )  # fmt: skip
+        threads=THREADS,
+        bytes_a_turn=bytes_a_turn(sets, aligned),
+        narrow_accesses={"row_coefficients": PER_ROW} if aligned else unaligned("_combine_kernel"),
+    )
 
 
-COMPILE_SIGNATURES = (
-    _case("fp32, three sets", (tl.float32,) * 3),
-    _case("bf16, two sets, narrow rows", (tl.bfloat16, tl.bfloat16), columns=16, quick=False),
-    _case("fp64, two sets", (tl.float64, tl.float64), quick=False),
-    _case("fp32, eight sets", (tl.float32,) * 8, quick=False),
+COMPILE_CASES = (
+    *(
+        _case(**choice)
+        for choice in every_pair(
+            dtypes=ALIKE, sets=(1, 2, 3, 8), columns=(0, *COLUMN_CHOICES), aligned=(True, False)
+        )
+    ),
+    _case(3, MIXED, 16, True),
 )

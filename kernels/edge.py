@@ -5,14 +5,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastproj.kernels._blocks import accumulation_dtype, contiguous, copy_back, on_device, prepare
-from fastproj.kernels._compile import CompileCase
+from fastproj.kernels._blocks import (
+    COLUMN_CHOICES,
+    THREADS,
+    accumulation_dtype,
+    contiguous,
+    copy_back,
+    device_dtypes,
+    launch_options,
+    on_device,
+    prepare,
+    tile_of,
+)
+from fastproj.kernels._cases import CompileCase, every_pair
+from fastproj.kernels._span_cases import (
+    ALIKE,
+    MIXED,
+    PARTIALS,
+    PER_ROW,
+    alternating,
+    bytes_a_turn,
+    span_name,
+    unaligned,
+)
 from fastproj.kernels._tiles import (
     block_fields,
     combine_flat,
@@ -24,13 +46,12 @@ from fastproj.kernels._tiles import (
 )
 from fastproj.kernels.gram import launch_partials
 
-CHUNK = 1024
 REDUCE = 512
-NUM_WARPS = 4
+VARIANTS = ("paper", "released", "naive", "subtract")
 
 
 @triton.jit
-def edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, VARIANT: tl.constexpr, SKIP: tl.constexpr):
+def edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, skip, VARIANT: tl.constexpr):
     """(c_e, c_g) with ``out = c_e e + c_g g`` in fp64, as ``fastproj.reference.edge_coefficients`` says.
 
     ``shard_ee`` and ``shard_gg`` are the squared norms over the whole shard where VARIANT is "released" and
@@ -59,13 +80,17 @@ def edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, VARIANT: tl.constex
         c_g = -alpha + alpha * t * inverse_g
     # x − x is 0 for finite x only.
     finite = (shard_ee - shard_ee) + (shard_gg - shard_gg) + (eg - eg) == 0
-    if SKIP:
-        instead_e = one
-        instead_g = tl.zeros_like(ee)
-    else:
-        instead_e = one * float("nan")
-        instead_g = instead_e
-    return tl.where(finite, c_e, instead_e), tl.where(finite, c_g, instead_g)
+    nan = one * float("nan")
+    c_e = tl.where(finite, c_e, tl.where(skip != 0, one, nan))
+    return c_e, tl.where(finite, c_g, tl.where(skip != 0, 0.0, nan))
+
+
+@triton.jit
+def row_sums(partials, slots, rows, inside):
+    """Squared norms and inner product of each narrow row."""
+    ee = tl.load(partials + rows, mask=inside, other=0.0)
+    eg = tl.load(partials + slots + rows, mask=inside, other=0.0)
+    return ee, eg, tl.load(partials + 2 * slots + rows, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -79,16 +104,16 @@ def store_stats(gram, coefficients, segment, ee, eg, gg, c_e, c_g, mask):
     tl.store(coefficients + segment * 2 + 1, c_g, mask=mask)
 
 
-@triton.jit(do_not_specialize=["shards", "slots"])
+@triton.jit(do_not_specialize=["shards", "slots", "skip"])
 def _apply_kernel(
-    addresses, blocks, partials, gram, coefficients, shards, slots, alpha: tl.float64,
-    DTYPES: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, VARIANT: tl.constexpr, SKIP: tl.constexpr,
+    addresses, blocks, partials, gram, coefficients, shards, slots, alpha: tl.float64, skip,
+    DTYPES: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, VARIANT: tl.constexpr,
     CHUNK: tl.constexpr, REDUCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Add up the partial products of the block's segment, solve for its coefficients, combine the block."""
     slots = slots.to(tl.int64)
-    shard, start, length, width, slot, segment = block_fields(blocks, ALIGNED, EVEN and COLUMNS == 0)
+    shard, start, length, width, slot, segment = block_fields(blocks, ALIGNED)
     pointers = set_pointers(addresses, shards, shard, start, DTYPES, ALIGNED)
     target = shard_pointer(addresses, 2 * shards, shard, start, OUT, ALIGNED)
     if VARIANT == "released":
@@ -96,27 +121,23 @@ def _apply_kernel(
         shard_ee, _, shard_gg = slot_sums(partials, slots, shard_low, shard_high, 3, REDUCE)
     narrow = width >= 0
     if COLUMNS > 0 and narrow:
-        if ALIGNED:
-            width = tl.multiple_of(width, 16)
         for row in range(0, length, ROWS):
             rows = row + tl.arange(0, ROWS)
             inside = rows < length
-            ee = tl.load(partials + slot + rows, mask=inside, other=0.0)
-            eg = tl.load(partials + slots + slot + rows, mask=inside, other=0.0)
-            gg = tl.load(partials + 2 * slots + slot + rows, mask=inside, other=0.0)
+            ee, eg, gg = row_sums(partials + slot, slots, rows, inside)
             if VARIANT == "released":
-                c_e, c_g = edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, VARIANT, SKIP)
+                c_e, c_g = edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, skip, VARIANT)
             else:
-                c_e, c_g = edge_coefficients(ee, eg, gg, ee, gg, alpha, VARIANT, SKIP)
+                c_e, c_g = edge_coefficients(ee, eg, gg, ee, gg, alpha, skip, VARIANT)
             store_stats(gram, coefficients, segment + rows, ee, eg, gg, c_e, c_g, inside)
             combine_rows(target, pointers, (c_e, c_g), row, length, width, ROWS, COLUMNS, ACC)
     else:
         low, high = slot_range(blocks, 6)
         ee, eg, gg = slot_sums(partials, slots, low, high, 3, REDUCE)
         if VARIANT == "released":
-            c_e, c_g = edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, VARIANT, SKIP)
+            c_e, c_g = edge_coefficients(ee, eg, gg, shard_ee, shard_gg, alpha, skip, VARIANT)
         else:
-            c_e, c_g = edge_coefficients(ee, eg, gg, ee, gg, alpha, VARIANT, SKIP)
+            c_e, c_g = edge_coefficients(ee, eg, gg, ee, gg, alpha, skip, VARIANT)
         store_stats(gram, coefficients, segment, ee, eg, gg, c_e, c_g, slot == low)
         combine_flat(target, pointers, (c_e, c_g), length, CHUNK, ACC)
 
@@ -139,7 +160,7 @@ def edge(
     """
     # The work list holds addresses alone: these names keep the copies of strided shards alive.
     sets, written = [contiguous(erm), contiguous(gce)], contiguous(out)
-    work = prepare([*sets, written], first, rows, count, CHUNK)
+    work = prepare([*sets, written], first, rows, count)
     gram = torch.empty(count, 2, 2, dtype=torch.float64, device=out[0].device)
     coefficients = torch.empty(count, 2, dtype=torch.float64, device=out[0].device)
     with on_device(gram):
@@ -147,43 +168,53 @@ def edge(
         for group in work.plan.groups:
             _apply_kernel[(len(group.blocks),)](
                 work.addresses, group.blocks, partials, gram, coefficients, work.shards, work.plan.slots,
-                float(alpha),
-                DTYPES=group.device_dtypes[:2], OUT=group.device_dtypes[2],
-                ACC=accumulation_dtype(group.dtypes), VARIANT=variant, SKIP=skip_nonfinite,
-                CHUNK=CHUNK, REDUCE=REDUCE,
-                ROWS=CHUNK // group.columns if group.columns else 0, COLUMNS=group.columns,
-                ALIGNED=group.aligned, EVEN=group.even, num_warps=NUM_WARPS,
+                float(alpha), int(skip_nonfinite),
+                **apply_configuration(group.dtypes, variant, group.columns, group.aligned),
+                **launch_options(THREADS),
             )  # fmt: skip
     copy_back(out, written)
     return gram, coefficients
 
 
-def _case(
-    name: str, dtypes: tuple[tl.dtype, tl.dtype], variant: str = "paper", columns: int = 0, quick: bool = True
-) -> CompileCase:
+def apply_configuration(
+    dtypes: tuple[torch.dtype, ...], variant: str, columns: int, aligned: bool
+) -> dict[str, Any]:
+    """The constants of the second kernel for e, g and the output of these dtypes."""
+    chunk, _ = tile_of(dtypes[:2], aligned)
+    return {
+        "DTYPES": device_dtypes(dtypes[:2]), "OUT": device_dtypes(dtypes)[2],
+        "ACC": accumulation_dtype(dtypes), "VARIANT": variant, "CHUNK": chunk, "REDUCE": REDUCE,
+        "ROWS": chunk // columns if columns else 0, "COLUMNS": columns, "ALIGNED": aligned,
+    }  # fmt: skip
+
+
+def _case(variant: str, dtypes: tuple[torch.dtype, ...], columns: int, aligned: bool) -> CompileCase:
+    own = alternating(dtypes, 2)
     return CompileCase(
-        name=name,
+        name=f"{variant}, {span_name(own, columns, aligned)}",
         kernel=_apply_kernel,
         signature={
             "addresses": "*i64", "blocks": "*i64", "partials": "*fp64", "gram": "*fp64",
-            "coefficients": "*fp64", "shards": "i32", "slots": "i32", "alpha": "fp64",
+            "coefficients": "*fp64", "shards": "i32", "slots": "i32", "alpha": "fp64", "skip": "i32",
         },
-        constexprs={
-            "DTYPES": dtypes, "OUT": dtypes[0], "ACC": tl.float64 if tl.float64 in dtypes else tl.float32,
-            "VARIANT": variant, "SKIP": False, "CHUNK": CHUNK, "REDUCE": REDUCE,
-            "ROWS": CHUNK // columns if columns else 0, "COLUMNS": columns, "ALIGNED": True, "EVEN": True,
-        },
+        constexprs=apply_configuration((*own, own[0]), variant, columns, aligned),
         divisible_by_16=("addresses", "blocks", "partials", "gram", "coefficients"),
-        num_warps=NUM_WARPS,
-        vector_accesses=True,
-        quick=quick,
+        threads=THREADS,
+        bytes_a_turn=bytes_a_turn(2, aligned),
+        narrow_accesses=(
+            {"slot_sums": PARTIALS, "row_sums": PER_ROW, "store_stats": PER_ROW}
+            if aligned
+            else unaligned("_apply_kernel")
+        ),
     )  # fmt: skip
 
 
-COMPILE_SIGNATURES = (
-    _case("paper, fp32", (tl.float32, tl.float32)),
-    _case("released, fp32, narrow rows", (tl.float32, tl.float32), "released", columns=16),
-    _case("paper, bf16", (tl.bfloat16, tl.bfloat16), quick=False),
-    _case("naive, fp16 and fp32", (tl.float16, tl.float32), "naive", quick=False),
-    _case("subtract, fp64", (tl.float64, tl.float64), "subtract", quick=False),
+COMPILE_CASES = (
+    *(
+        _case(**choice)
+        for choice in every_pair(
+            dtypes=ALIKE, variant=VARIANTS, columns=(0, *COLUMN_CHOICES), aligned=(True, False)
+        )
+    ),
+    _case("paper", MIXED, 16, True),
 )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastproj.kernels._compile import CompileCase
-from fastproj.kernels.weighted_grad import TL_DTYPES, alignment, index_dtype, product_options, sides, tile_for
+from fastproj.kernels._blocks import DEVICE_DTYPES, launch_options
+from fastproj.kernels._cases import CompileCase
+from fastproj.kernels._contraction import (
+    Product,
+    contraction_case,
+    contraction_choices,
+    index_dtype,
+    product_options,
+    row_alignment,
+    sides,
+    tile_for,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def outer_sum_kernel(
     narrow_ptr,
     wide_ptr,
@@ -60,13 +68,10 @@ def outer_sum_kernel(
         total = tl.dot(
             tl.trans(narrow.to(OPERAND)), wide.to(OPERAND), total, input_precision=PRECISION, out_dtype=SUM
         )
-    out_offset = (
-        sample * sample_stride
-        + (row.to(INDEX) * narrow_stride)[:, None]
-        + (column.to(INDEX) * wide_stride)[None, :]
-    )
+    # One sample's gradient is never as long as 2³¹, all of them together may be.
+    out_offset = (row * narrow_stride)[:, None] + (column * wide_stride)[None, :]
     out_mask = row_exists[:, None] & column_exists[None, :]
-    tl.store(out_ptr + out_offset, total.to(out_ptr.dtype.element_ty), mask=out_mask)
+    tl.store(out_ptr + sample * sample_stride + out_offset, total.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
     if out.numel() == 0 or tokens == 0:
         return out.zero_()
     narrow, wide, narrow_stride, wide_stride = sides(x, delta)
-    tile = tile_for(result, narrow.shape[2])
+    tile = tile_for(narrow, wide, narrow.shape[2])
     tiles = triton.cdiv(narrow.shape[2], tile.rows) * triton.cdiv(wide.shape[2], tile.wide)
     with torch.cuda.device_of(out):
         outer_sum_kernel[(samples * tiles,)](
@@ -92,49 +97,25 @@ def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
             narrow_stride,
             wide_stride,
             NARROW=narrow.shape[2],
-            NARROW_ALIGNMENT=alignment(narrow),
+            NARROW_ALIGNMENT=row_alignment(narrow, wide),
             INDEX=index_dtype(narrow, wide, out),
-            SUM=TL_DTYPES[torch.float64 if result == torch.float64 else torch.float32],
-            **product_options(result, tile),
+            SUM=DEVICE_DTYPES[torch.float64 if result == torch.float64 else torch.float32],
+            **product_options(outer_sum_kernel, result, tile),
+            **launch_options(tile.threads, tile.stages),
         )
     return out
 
 
-def _case(
-    name: str, dtype: torch.dtype, columns: int, *, quick: bool, max_shared: int = 49152
-) -> CompileCase:
-    """A narrow side ``columns`` wide that is delta, so that the wide side lies contiguous in the result."""
-    tile = tile_for(dtype, columns)
-    options = product_options(dtype, tile) | {"PRECISION": "ieee"}
-    counts = dict.fromkeys(outer_sum_kernel.arg_names[3:-9], "i32")
-    del counts["wide_stride"]
-    pointers = dict.fromkeys(("narrow_ptr", "wide_ptr", "out_ptr"), f"*{TL_DTYPES[dtype]}")
-    strides = ("wide_sample_stride", "wide_token_stride", "sample_stride", "narrow_stride")
-    return CompileCase(
-        name=name,
-        kernel=outer_sum_kernel,
-        signature=pointers | counts,
-        constexprs={
-            "wide_stride": 1,
-            "NARROW": columns,
-            "NARROW_ALIGNMENT": math.gcd(16, columns),
-            "INDEX": tl.int32,
-            "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
-        }
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible_by_16=(*pointers, "wide_columns", *strides),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        tensor_cores=dtype.itemsize == 2,
-        max_shared=max_shared,
-        quick=quick,
+def _case(product: Product, aligned: bool, delta_is_narrow: bool, index: tl.dtype) -> CompileCase:
+    return contraction_case(
+        outer_sum_kernel,
+        product,
+        columns=product.tile.rows,
+        aligned=aligned,
+        delta_is_narrow=delta_is_narrow,
+        index=index,
+        out=product.result,
     )
 
 
-COMPILE_SIGNATURES = (
-    _case("bf16, rank 8", torch.bfloat16, 8, quick=True),
-    _case("fp32, rank 8", torch.float32, 8, quick=True),
-    _case("bf16, 768 columns", torch.bfloat16, 768, quick=False, max_shared=65536),
-    _case("fp32, 768 columns", torch.float32, 768, quick=False),
-    _case("fp64, rank 8", torch.float64, 8, quick=False),
-)
+COMPILE_CASES = tuple(_case(**choice) for choice in contraction_choices())

@@ -6,50 +6,41 @@ wider one is read once for all K where the rows fit one tile.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastproj.kernels._compile import CompileCase
+from fastproj.kernels._blocks import DEVICE_DTYPES, THREADS, launch_options
+from fastproj.kernels._cases import CompileCase, every_pair
+from fastproj.kernels._contraction import (
+    Product,
+    Tile,
+    contraction_case,
+    contraction_choices,
+    index_dtype,
+    product_options,
+    row_alignment,
+    sides,
+    tile_for,
+)
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How a program cuts the product: rows × wide columns, tokens at a time."""
-
-    rows: int
-    wide: int
-    tokens: int
-    warps: int
-    stages: int
-
-
-# By bytes per element, narrowest first: the first tile that holds all rows, else the last. They spill no
-# register and fit the shared memory of every target: 64 KiB on gfx942, 99 KiB on sm_120.
-TILES = {
-    2: (Tile(16, 128, 64, 4, 3), Tile(32, 128, 64, 4, 3), Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 2)),
-    4: (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
-    8: (Tile(16, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
-}
-# Two programs for each of the 132 processors of an H100. A constant, so that the order of the sum does not
+# A program for each of the 132 processors of an H100. A constant, so that the order of the sum does not
 # depend on the device.
-PROGRAMS = 264
-# A split writes a partial result; with fewer tokens than this it would write more than it reads.
-TOKENS_PER_SPLIT = 256
+PROGRAMS = 132
+# A split writes a partial result, which must stay small beside the tokens that it reads.
+TOKENS_PER_SPLIT = 512
+MOST_POSITIONS = 2**30  # device code counts tokens in int32, and steps past the last one
 SUM_BLOCK = 1024
-TL_DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 @triton.jit
+def weight_of(weights_ptr, sums, sample, samples, mask):
+    """``weights[k, i]`` for the tokens of a tile and its rows."""
+    return tl.load(weights_ptr + sums[None, :] * samples + sample[:, None], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["positions", "tokens", "samples", "sums", "positions_per_split"])
 def weighted_sum_kernel(
     narrow_ptr,
     wide_ptr,
@@ -100,9 +91,7 @@ def weighted_sum_kernel(
         narrow = tl.load(
             narrow_ptr + narrow_offset[:, None] + (row % NARROW)[None, :], mask=narrow_mask, other=0.0
         )
-        weight = tl.load(
-            weights_ptr + (row // NARROW)[None, :] * samples + sample[:, None], mask=narrow_mask, other=0.0
-        )
+        weight = weight_of(weights_ptr, row // NARROW, sample, samples, narrow_mask)
         wide = tl.load(
             wide_ptr + wide_offset[:, None] + column[None, :], mask=inside & column_exists[None, :], other=0.0
         )
@@ -117,7 +106,7 @@ def weighted_sum_kernel(
     tl.store(out_ptr + out_offset, total.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(partial_ptr, out_ptr, numel, splits, BLOCK: tl.constexpr, INDEX: tl.constexpr):
     """``out[n] = Σ_s partial[s, n]``, s ascending."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -140,8 +129,10 @@ def weighted_grad(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     positions = x.shape[0] * x.shape[1]
     if out.numel() == 0 or positions == 0:
         return out.zero_()
+    if positions > MOST_POSITIONS:
+        raise ValueError(f"expected at most {MOST_POSITIONS} tokens in a batch, got {positions}")
     total_dtype = torch.float64 if result == torch.float64 else torch.float32
-    tile = tile_for(result, sums * min(d_out, d_in))
+    tile = tile_for(*sides(x, delta)[:2], sums * min(d_out, d_in))
     tiles = triton.cdiv(sums * min(d_out, d_in), tile.rows) * triton.cdiv(max(d_out, d_in), tile.wide)
     per_split = positions_per_split(positions, tiles, tile.tokens)
     splits = triton.cdiv(positions, per_split)
@@ -151,7 +142,13 @@ def weighted_grad(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
         launch_weighted_sum(x, delta, table, partial, tile=tile, per_split=per_split)
         if splits > 1:
             sum_splits_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
-                partial, out, out.numel(), splits, BLOCK=SUM_BLOCK, INDEX=index_dtype(partial), num_warps=4
+                partial,
+                out,
+                out.numel(),
+                splits,
+                BLOCK=SUM_BLOCK,
+                INDEX=index_dtype(partial),
+                **launch_options(THREADS),
             )
     return out
 
@@ -183,25 +180,12 @@ def launch_weighted_sum(
         wide_stride,
         per_split,
         NARROW=columns,
-        NARROW_ALIGNMENT=alignment(narrow),
+        NARROW_ALIGNMENT=row_alignment(narrow, wide),
         INDEX=index_dtype(narrow, wide, out),
-        SUM=TL_DTYPES[weights.dtype],
-        **product_options(torch.result_type(x, delta), tile),
+        SUM=DEVICE_DTYPES[weights.dtype],
+        **product_options(weighted_sum_kernel, torch.result_type(x, delta), tile),
+        **launch_options(tile.threads, tile.stages),
     )
-
-
-def sides(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """(narrow, wide, their strides in a (d_out, d_in) result): delta is narrow unless x is narrower."""
-    # Columns must lie side by side for 128-bit loads; any other layout is copied.
-    x = x if x.stride(2) == 1 else x.contiguous()
-    delta = delta if delta.stride(2) == 1 else delta.contiguous()
-    return (delta, x, x.shape[2], 1) if delta.shape[2] <= x.shape[2] else (x, delta, 1, x.shape[2])
-
-
-def tile_for(dtype: torch.dtype, rows: int) -> Tile:
-    """The tile of ``TILES`` for a product with this many rows."""
-    tiles = TILES[dtype.itemsize]
-    return next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
 
 
 def positions_per_split(positions: int, tiles: int, step: int) -> int:
@@ -210,92 +194,50 @@ def positions_per_split(positions: int, tiles: int, step: int) -> int:
     return triton.cdiv(triton.cdiv(positions, splits), step) * step
 
 
-def product_options(dtype: torch.dtype, tile: Tile) -> dict[str, object]:
-    """The options that a tile and the dtype of the product set, as keyword arguments of a kernel."""
-    # The interpreter multiplies the bit patterns of bf16; products of bf16 in fp32 are the same numbers.
-    interpreted = dtype == torch.bfloat16 and not isinstance(weighted_sum_kernel, triton.JITFunction)
-    return {
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_WIDE": tile.wide,
-        "BLOCK_TOKENS": tile.tokens,
-        "OPERAND": tl.float32 if interpreted else TL_DTYPES[dtype],
-        "PRECISION": fp32_precision(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-def fp32_precision() -> str:
-    """How fp32 operands are multiplied: "tf32" where ``torch.backends.cuda.matmul`` allows it."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"  # torch before 2.9
-
-
-def alignment(tensor: Tensor) -> int:
-    """The largest power of two up to 16 that divides the strides of samples and tokens.
-
-    Triton finds out by itself about 16 alone; a LoRA of rank 8 would lose its wide loads.
-    """
-    return math.gcd(16, *tensor.stride()[:2])
-
-
-def index_dtype(*tensors: Tensor) -> tl.dtype:
-    """int32 where every offset into these tensors fits it, else int64; masked lanes past the end may wrap."""
-    extents = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
-    return tl.int64 if max(extents) >= 2**31 else tl.int32
-
-
 def _sum_case(
-    name: str, dtype: torch.dtype, columns: int, *, quick: bool, max_shared: int = 49152
+    product: Product, aligned: bool, delta_is_narrow: bool, index: tl.dtype, split: bool
 ) -> CompileCase:
-    """K = 2 sums into partial results, the narrow side ``columns`` wide."""
-    tile = tile_for(dtype, 2 * columns)
-    options = product_options(dtype, tile) | {"PRECISION": "ieee"}
-    total = tl.float64 if dtype == torch.float64 else tl.float32
-    counts = dict.fromkeys(weighted_sum_kernel.arg_names[4:-9], "i32")
-    del counts["wide_stride"]
-    pointers = {f"{side}_ptr": f"*{TL_DTYPES[dtype]}" for side in ("narrow", "wide")}
-    pointers |= {"weights_ptr": f"*{total}", "out_ptr": f"*{total}"}
-    strides = ("wide_sample_stride", "wide_token_stride", "split_stride", "sum_stride", "narrow_stride")
-    return CompileCase(
-        name=name,
-        kernel=weighted_sum_kernel,
-        signature=pointers | counts,
-        constexprs={
-            "wide_stride": 1,
-            "NARROW": columns,
-            "NARROW_ALIGNMENT": math.gcd(16, columns),
-            "INDEX": tl.int32,
-            "SUM": total,
-        }
-        | {key: value for key, value in options.items() if key.isupper()},
-        divisible_by_16=(*pointers, "wide_columns", *strides, "positions_per_split"),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        # Where no scaling stands between, a load goes straight to shared memory and is not counted.
-        vector_loads_only=dtype.itemsize == 2 and columns < 64,
-        tensor_cores=dtype.itemsize == 2,
-        max_shared=max_shared,
-        quick=quick,
+    """K = 2 sums, into partial results where ``split``."""
+    return contraction_case(
+        weighted_sum_kernel,
+        product,
+        columns=product.tile.rows // 2,
+        aligned=aligned,
+        delta_is_narrow=delta_is_narrow,
+        index=index,
+        out=product.total if split else product.result,
+        narrow_accesses={"weight_of": "one weight a sample, held by the first-level cache"},
     )
 
 
-COMPILE_SIGNATURES = (
-    _sum_case("bf16, rank 8", torch.bfloat16, 8, quick=True),
-    _sum_case("bf16, 768 columns", torch.bfloat16, 768, quick=True, max_shared=65536),
-    _sum_case("fp32, rank 8", torch.float32, 8, quick=True),
-    _sum_case("fp16, rank 16", torch.float16, 16, quick=False, max_shared=65536),
-    _sum_case("fp32, 768 columns", torch.float32, 768, quick=False, max_shared=65536),
-    _sum_case("fp64, rank 8", torch.float64, 8, quick=False),
-    CompileCase(
-        name="sum of splits, bf16",
+def _split_case(dtype: torch.dtype, index: tl.dtype, aligned: bool) -> CompileCase:
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    return CompileCase(
+        name=f"sum of splits, {dtype}, {index}{'' if aligned else ', unaligned'}",
         kernel=sum_splits_kernel,
-        signature={"partial_ptr": "*fp32", "out_ptr": "*bf16", "numel": "i32", "splits": "i32"},
-        constexprs={"BLOCK": SUM_BLOCK, "INDEX": tl.int32},
-        divisible_by_16=("partial_ptr", "out_ptr", "numel"),
-        vector_accesses=True,
-        max_registers=64,
+        signature={
+            "partial_ptr": f"*{DEVICE_DTYPES[total]}",
+            "out_ptr": f"*{DEVICE_DTYPES[dtype]}",
+            "numel": "i32",
+            "splits": "i32",
+        },
+        constexprs={"BLOCK": SUM_BLOCK, "INDEX": index},
+        divisible_by_16=("partial_ptr", "out_ptr", *(("numel",) if aligned else ())),
+        bytes_a_turn=SUM_BLOCK * total.itemsize if aligned else None,
+        narrow_accesses={} if aligned else {"sum_splits_kernel": "a result of an uneven number of elements"},
+    )
+
+
+COMPILE_CASES = (
+    # Partial results in the dtype of the result are written as it is: one case for both.
+    *{
+        case.name: case
+        for case in (_sum_case(**choice) for choice in contraction_choices(split=(True, False)))
+    }.values(),
+    *(
+        _split_case(**choice)
+        for choice in every_pair(
+            dtype=tuple(DEVICE_DTYPES), index=(tl.int32, tl.int64), aligned=(True, False)
+        )
     ),
 )

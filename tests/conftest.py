@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -25,3 +27,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("fastproj")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Asked for gpu tests on a machine that has no GPU: an error of use, and no empty selection."""
+    wanted = config.getoption("markexpr") or ""
+    if re.search(r"(?<!\bnot )\bgpu\b", wanted) and not torch.cuda.is_available():
+        raise pytest.UsageError(f"-m {wanted!r}: there is no CUDA or ROCm device for the tests marked gpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that can only run on a GPU are skipped elsewhere."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA or ROCm device")

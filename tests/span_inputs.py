@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICE, GPU_MARKS
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastproj.bindings._library import implementation
 from fastproj.reference.segments import Segmentation, Segments, per_element, row_shape, segmentation
 
-# Compiled on a GPU, under triton's interpreter elsewhere.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if DEVICE.type == "cuda" else [])
-PATHS = ("cpu", TRITON, "public")
+TRITON = pytest.param("triton", marks=GPU_MARKS)
+PATHS = ("cpu", TRITON, pytest.param("public", marks=GPU_MARKS))
 KERNELS = ("cpu", TRITON)
 
 # LoRA factors, biases, scalars, rows on either side of the width below which they share a program, shards and

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from devices import on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from span_inputs import (
@@ -224,6 +225,7 @@ def test_gradcheck(segments: str) -> None:
     assert torch.autograd.gradcheck(function, [coefficients, *shards])
 
 
+@on_gpu
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad: bool) -> None:
     device = device_of("public")
@@ -237,6 +239,7 @@ def test_opcheck(grad: bool) -> None:
         )
 
 
+@on_gpu
 def test_compiles_without_graph_break() -> None:
     e, g = (moved(shards, "public") for shards in random_sets(2, LORA))
     coefficients = torch.tensor([[0.5, -2.0]], device=device_of("public"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import on_gpu
 from span_inputs import Family, moved, random_sets
 from torch import Tensor
 
@@ -70,6 +71,7 @@ def test_gradcheck(variant: str, segments: str) -> None:
     assert torch.autograd.gradcheck(function, shards)
 
 
+@on_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_differentiable_path_gives_the_same(variant: str) -> None:
     e, g = (moved(shards, "public") for shards in random_sets(2, LORA))
@@ -80,6 +82,7 @@ def test_differentiable_path_gives_the_same(variant: str) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)  # one rounding more or less
 
 
+@on_gpu
 @pytest.mark.parametrize("in_place", [False, True])
 def test_opcheck(in_place: bool) -> None:
     e, g = (moved(shards, "public") for shards in random_sets(2, [(3, 2), (4,)]))
@@ -87,6 +90,7 @@ def test_opcheck(in_place: bool) -> None:
     torch.library.opcheck(operator.default, (e, g, [0, 3], True, 4, 0.5, "paper", False))
 
 
+@on_gpu
 def test_compiles_without_graph_break() -> None:
     e, g = (moved(shards, "public") for shards in random_sets(2, LORA))
     want = fastproj.edge(e, g, alpha=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import on_gpu
 from hypothesis import given, settings
 from span_inputs import (
     DTYPES,
@@ -189,6 +190,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, shards)
 
 
+@on_gpu
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad: bool) -> None:
     shards = [
@@ -198,6 +200,7 @@ def test_opcheck(grad: bool) -> None:
     torch.library.opcheck(torch.ops.fastproj.gram.default, (shards, 2, [0, 3], True, 4))
 
 
+@on_gpu
 def test_compiles_without_graph_break() -> None:
     e, g = (moved(shards, "public") for shards in random_sets(2, LORA))
     compiled = torch.compile(lambda a, b: fastproj.gram([a, b]) * 2, fullgraph=True, backend="aot_eager")
@@ -231,7 +234,7 @@ def test_bad_input(sets: object, segments: object, error: type[Exception], match
 @given(family=families(num_sets=1))
 def test_blocks_cover_every_element_once(family: Family) -> None:
     plan = family.plan
-    work = _blocks.prepare([family.sets[0]], plan.first, plan.rows, plan.count, 512)
+    work = _blocks.prepare([family.sets[0]], plan.first, plan.rows, plan.count)
     seen = [torch.zeros(shard.numel(), dtype=torch.int64) for shard in family.sets[0]]
     slots = torch.full((work.plan.slots,), -1)
     for group in work.plan.groups:
@@ -252,11 +255,11 @@ def test_blocks_are_about_a_thousand_whatever_the_size() -> None:
     shards = [torch.empty(shape, device="meta") for shape in [(4096, 4096)] * 40]
     shapes = tuple((1, shard.numel()) for shard in shards)
     plan = _blocks._plan(
-        shapes, (0,) * 40, False, 1, ((torch.float32,),) * 40, (True,) * 40, 1024, torch.device("cpu"), 0
+        shapes, (0,) * 40, False, 1, ((torch.float32,),) * 40, (True,) * 40, torch.device("cpu"), 0
     )
     (group,) = plan.groups
-    assert _blocks.BLOCKS <= len(group.blocks) <= _blocks.BLOCKS + 40
-    assert group.even
+    # Pieces are rounded up, by 2,048 elements of 655,360 here, and each shard ends in one of its own.
+    assert 0.99 * _blocks.BLOCKS <= len(group.blocks) <= _blocks.BLOCKS + 40
 
 
 def test_one_launch_group_for_shards_of_one_kind() -> None:
@@ -265,7 +268,7 @@ def test_one_launch_group_for_shards_of_one_kind() -> None:
 
     def groups(shards: list[Tensor], rows: bool = False) -> int:
         plan = segmentation(shards, "row" if rows else "global")
-        return len(_blocks.prepare([shards], plan.first, rows, plan.count, 1024).plan.groups)
+        return len(_blocks.prepare([shards], plan.first, rows, plan.count).plan.groups)
 
     assert groups(shards) == 1
     assert groups(shards, rows=True) == 1

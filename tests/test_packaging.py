@@ -144,11 +144,16 @@ def test_a_wheel_holds_every_module_under_one_package(wheel: set[str]) -> None:
     assert modules == expected
 
 
-def test_a_wheel_holds_the_report_template_and_the_typing_marker(wheel: set[str]) -> None:
+def test_a_wheel_holds_the_page_templates_and_the_typing_marker(wheel: set[str]) -> None:
     assert "fastproj/py.typed" in wheel
-    templates = {path.name for path in (ROOT / "fastproj" / "demo").glob("*.html")}
-    assert templates
-    assert {f"fastproj/demo/{name}" for name in templates} <= wheel
+    for package, folder in {
+        "fastproj/demo": ROOT / "fastproj" / "demo",
+        "fastproj/templates": ROOT / "fastproj" / "templates",
+        "fastproj/bench/audit": ROOT / "bench" / "audit",
+    }.items():
+        templates = {f"{package}/{path.name}" for path in folder.glob("*.html")}
+        assert templates, folder
+        assert templates <= wheel
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 

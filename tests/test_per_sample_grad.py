@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from devices import DEVICE, GPU_MARKS, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ pytest.importorskip("triton")
 from fastproj.kernels import per_sample_grad as kernel_module
 from fastproj.kernels.per_sample_grad import per_sample_grad as triton_path
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Path = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,7 +29,9 @@ def on_device(x: Tensor, delta: Tensor) -> Tensor:
     return triton_path(x.to(DEVICE), delta.to(DEVICE)).cpu()
 
 
-PATHS = pytest.mark.parametrize("path", [cpu_path, on_device], ids=["cpu", "triton"])
+PATHS = pytest.mark.parametrize(
+    "path", [pytest.param(cpu_path, id="cpu"), pytest.param(on_device, id="triton", marks=GPU_MARKS)]
+)
 
 
 def layer(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -166,6 +168,7 @@ def test_mixed_dtypes_promote(path: Path) -> None:
     assert_within_rounding(got, x, delta)
 
 
+@on_gpu
 def test_triton_addresses_in_64_bits_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     x, delta = layer((2, 5, 3, 7), torch.float32)
     want = on_device(x, delta)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from devices import DEVICE, GPU_MARKS, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,9 +21,9 @@ from fastproj.reference.weighted_grad import weighted_grad as reference
 pytest.importorskip("triton")
 
 from fastproj.kernels import weighted_grad as kernel_module
+from fastproj.kernels._contraction import fp32_precision
 from fastproj.kernels.weighted_grad import weighted_grad as triton_path
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shape = tuple[int, int, int, int, int]  # K, B, T, d_out, d_in
@@ -33,7 +34,9 @@ def on_device(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     return triton_path(x.to(DEVICE), delta.to(DEVICE), weights.to(DEVICE)).cpu()
 
 
-PATHS = pytest.mark.parametrize("path", [cpu_path, on_device], ids=["cpu", "triton"])
+PATHS = pytest.mark.parametrize(
+    "path", [pytest.param(cpu_path, id="cpu"), pytest.param(on_device, id="triton", marks=GPU_MARKS)]
+)
 
 
 def layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,6 +239,7 @@ def test_mixed_dtypes_promote(path: Path) -> None:
     assert_within_rounding(got, x, delta, weights)
 
 
+@on_gpu
 def test_triton_addresses_in_64_bits_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = layer((2, 3, 300, 3, 7), torch.float32)
     want = on_device(*inputs)
@@ -264,9 +268,9 @@ def test_fp32_products_are_exact_unless_tf32_is_allowed() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert kernel_module.fp32_precision() == "ieee"
+        assert fp32_precision() == "ieee"
         torch.set_float32_matmul_precision("high")
-        assert kernel_module.fp32_precision() == "tf32"
+        assert fp32_precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

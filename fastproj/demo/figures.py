@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastproj.demo.injection import GROUPS
 from fastproj.demo.methods import describe
 from fastproj.demo.training import RunResult
+from fastproj.svg import INK, SERIES, inline_svg, style_axis
 
-# Drawn in these literal colours, then replaced by CSS variables of the page.
-INK, FAINT = "#010203", "#040506"
-METHOD_INKS = ("#100001", "#100002", "#100003", "#100004", "#100005", "#100006")
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)"} | {
-    ink: f"var(--series-{number})" for number, ink in enumerate(METHOD_INKS, start=1)
-}
 SMOOTHING = 0.9
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
@@ -54,14 +47,12 @@ def groups_figure(results: Sequence[RunResult]) -> str | None:
         for number, result in enumerate(results):
             steps = [step for step, _ in result.curve]
             accuracies = [counts.accuracies[group] for _, counts in result.curve]
-            axis.plot(
-                steps, accuracies, color=METHOD_INKS[number % len(METHOD_INKS)], label=describe(result.method)
-            )
+            axis.plot(steps, accuracies, color=SERIES[number % len(SERIES)], label=describe(result.method))
         axis.set_ylim(0, 1.02)
         axis.set_title(GROUPS[group], color=INK, fontsize=10)
         axis.set_xlabel("step", color=INK)
     _legend(axes[0])
-    return _svg(figure)
+    return inline_svg(figure)
 
 
 def smooth(values: Sequence[float], keep: float = SMOOTHING) -> list[float]:
@@ -84,11 +75,11 @@ def _lines(curves: Sequence[Curve], label: str) -> str:
     for number, (name, steps, values) in enumerate(curves):
         if not steps:
             continue
-        axis.plot(steps, values, color=METHOD_INKS[number % len(METHOD_INKS)], label=name)
+        axis.plot(steps, values, color=SERIES[number % len(SERIES)], label=name)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel(label, color=INK)
     _legend(axis)
-    return _svg(figure)
+    return inline_svg(figure)
 
 
 def _axes(count: int, columns: int) -> tuple[Any, list[Any]]:
@@ -96,32 +87,11 @@ def _axes(count: int, columns: int) -> tuple[Any, list[Any]]:
 
     rows = -(-count // columns)
     figure = Figure(figsize=(6.4, 3.2 if rows == 1 else 2.6 * rows), layout="constrained")
-    figure.patch.set_alpha(0)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
     for axis in axes:
-        axis.patch.set_alpha(0)
-        axis.grid(True, color=FAINT, linewidth=0.6)
-        axis.tick_params(colors=INK, labelsize=9)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(FAINT)
+        style_axis(axis)
     return figure, axes
 
 
 def _legend(axis: Any) -> None:
     axis.legend(frameon=False, labelcolor=INK, fontsize=9)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Text stays text: it is searchable, scales with the page and takes its font.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastproj"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
-    for ink, variable in VARIABLES.items():
-        svg = svg.replace(ink, variable)
-    return svg

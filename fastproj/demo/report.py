@@ -14,6 +14,8 @@ from fastproj.demo.tables import Table, run_intervals
 from fastproj.demo.training import RunResult, TrainingConfig
 from fastproj.paired import Timing
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -35,7 +37,9 @@ def render_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader([Path(__file__).parent, TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     environment.filters["percent"] = lambda value: f"{100 * value:.1f}"
     environment.filters["describe"] = describe

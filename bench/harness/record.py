@@ -1,0 +1,149 @@
+"""A measurement as a file: what was timed, on what machine, after which tests, and all it found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+KIND = "fastproj bench"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed call. Times in seconds, sizes in bytes, energy in joules.
+
+    ``part`` names the layer of the workload, "" for all of it. ``seconds``, ``low`` and ``high`` are median
+    and quartiles over ``rounds`` rounds; ``route`` and ``cold`` say how it was timed (see ``clock.Timing``).
+    ``bytes_moved`` is what the launches read from memory and write to it by the traffic model,
+    ``bytes_least`` each input and output once. ``of_copy`` is bytes_moved / seconds over the measured copy
+    bandwidth, ``of_floor`` the roofline floor over seconds. What is None has its reason in ``missing``.
+    """
+
+    suite: str
+    workload: str
+    part: str
+    device: str
+    dtype: str
+    seconds: float
+    low: float
+    high: float
+    rounds: int
+    copies: int
+    cold: bool
+    route: str
+    route_reason: str
+    host_seconds: float | None
+    launches: int
+    bytes_moved: int
+    bytes_least: int
+    flops: int
+    gigabytes_per_second: float
+    of_copy: float
+    floor_seconds: float | None
+    bound: str | None
+    of_floor: float | None
+    energy_joules: float | None
+    energy_source: str
+    telemetry: dict[str, Any]
+    missing: dict[str, str]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows the same measurement."""
+        return self.suite, self.workload, self.part, self.device, self.dtype
+
+    @property
+    def name(self) -> str:
+        """The key in words."""
+        return ", ".join(filter(None, self.key))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole measurement; ``machine``, ``gate``, ``options`` and ``copy`` are plain JSON objects.
+
+    ``skipped`` names the calls that were not timed, and why.
+    """
+
+    date: str
+    command: str
+    options: dict[str, Any]
+    machine: dict[str, Any]
+    gate: dict[str, Any]
+    copy: dict[str, Any]
+    rows: tuple[Row, ...]
+    skipped: dict[str, str]
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Write the record as JSON; the file appears whole or not at all."""
+    document = {"kind": KIND, "schema": SCHEMA, **asdict(record)}
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_record(path: Path) -> Record:
+    """Read a record back.
+
+    Raises ValueError that names the file and what is wrong with it: not JSON, not a record, another schema, a
+    field that is missing, unknown, of another type or not finite, two rows of one measurement.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise ValueError(f"{path}: expected a file that `{KIND} --output` wrote")
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {document.get('schema')!r}: measure again")
+    body = {name: value for name, value in document.items() if name not in ("kind", "schema")}
+    rows = body.get("rows")
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+    body["rows"] = tuple(_checked(Row, row, f"{path}: row {index}") for index, row in enumerate(rows))
+    record = _checked(Record, body, str(path))
+    keys = [row.key for row in record.rows]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{path}: holds two rows of one suite, workload, part, device and dtype")
+    return record
+
+
+def _checked(kind: type[Any], values: Any, where: str) -> Any:
+    """An instance of a dataclass out of a JSON object, field by field."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
+    names = {field.name for field in fields(kind)}
+    if names != set(values):
+        absent, unknown = sorted(names - set(values)), sorted(set(values) - names)
+        raise ValueError(f"{where}: missing fields {absent}, unknown fields {unknown}")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} must be {hints[name]}, got {value!r}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type; whole numbers serve as floats, truth values as no numbers."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    kind = get_origin(hint) or hint
+    if kind in (int, float):
+        allowed = (int, float) if kind is float else int
+        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)

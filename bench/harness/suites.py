@@ -1,0 +1,247 @@
+"""What is timed: every operator at named workloads, each checked against the reference first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fastproj
+from fastproj.bench.harness.clock import Subject
+from fastproj.bench.traffic.contraction import per_sample_grad_call, weighted_grad_call
+from fastproj.bench.traffic.models import OPERATORS as MODELS
+from fastproj.bench.traffic.models import Traffic
+from fastproj.bench.traffic.moves import DTYPES
+from fastproj.bench.traffic.workloads import WORKLOADS, Contraction, Workload
+from fastproj.bench.workloads import Shape
+from fastproj.reference.combine import combine as reference_combine
+from fastproj.reference.edge import edge as reference_edge
+from fastproj.reference.gram import gram as reference_gram
+from fastproj.reference.per_sample_grad import per_sample_grad as reference_per_sample
+from fastproj.reference.segments import segmentation
+from fastproj.reference.weighted_grad import weighted_grad as reference_weighted
+
+SUITES = ("gram", "combine", "edge", "weighted_grad", "per_sample_grad")
+SUMS = 2
+# Small enough that thousands of projections in place leave the sets near what they were.
+ALPHA = 1e-3
+QUICK_SAMPLES, QUICK_TOKENS = 2, 128
+# fp32 sums over blocks of thousands of products; a coefficient, two or three products and their sum.
+SUMMED, ROUNDED = 1e-5, 8 * torch.finfo(torch.float32).eps
+CHECKED_SHARDS, CHECKED_SAMPLES, CHECKED_TOKENS = 4, 3, 50
+
+
+class WrongResultError(RuntimeError):
+    """A timed call does not give what the reference gives."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to come: what to time, the traffic of one call, and the check to pass before."""
+
+    suite: str
+    workload: str
+    part: str
+    dtype: str
+    traffic: Traffic
+    subject: Subject
+    check: Callable[[], None]
+
+
+def select_workloads(names: Sequence[str], device: str, quick: bool) -> list[Workload]:
+    """The workloads whose names contain one of ``names``, upper or lower case; quick ones with a small batch.
+
+    Without names: all on a GPU, the smallest on the CPU or where ``quick``. Raises ValueError for a name that
+    no workload contains.
+    """
+    for name in names:
+        if not any(name.lower() in known.lower() for known in WORKLOADS):
+            raise ValueError(f"expected a part of a workload's name ({'; '.join(WORKLOADS)}), got {name!r}")
+    chosen = [w for known, w in WORKLOADS.items() if any(name.lower() in known.lower() for name in names)]
+    if not names:
+        every = sorted(WORKLOADS.values(), key=lambda workload: workload.elements)
+        chosen = every[:1] if quick or device == "cpu" else every
+    if quick:
+        chosen = [replace(workload, samples=QUICK_SAMPLES, tokens=QUICK_TOKENS) for workload in chosen]
+    # bf16 products are what GPUs are made for; CPUs without a unit for them would be timed on conversions.
+    dtype = "fp32" if device == "cpu" else "bf16"
+    return [replace(workload, activation_dtype=dtype) for workload in chosen]
+
+
+def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> Iterator[Case]:
+    """Every suite at every workload. Raises ValueError for a suite that does not exist."""
+    unknown = sorted(set(suites) - set(SUITES))
+    if unknown:
+        raise ValueError(f"expected suites among {', '.join(SUITES)}, got {', '.join(unknown)}")
+    for suite in suites:
+        for workload in workloads:
+            if suite in SPAN:
+                yield span_case(suite, workload, device)
+            else:
+                yield from (
+                    contraction_case(suite, workload, contraction, device)
+                    for contraction in distinct(workload.contractions)
+                )
+
+
+def distinct(contractions: Sequence[Contraction]) -> list[Contraction]:
+    """The first contraction of each shape, once a step."""
+    by_shape: dict[tuple[int, int], Contraction] = {}
+    for contraction in contractions:
+        by_shape.setdefault((contraction.d_in, contraction.d_out), replace(contraction, calls=1))
+    return list(by_shape.values())
+
+
+def gradients(shapes: Sequence[Shape], dtype: str, seed: int, device: str) -> list[Tensor]:
+    """One gradient set of standard normal values, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(s, generator=generator, device=device, dtype=DTYPES[dtype]) for s in shapes]
+
+
+@dataclass(frozen=True)
+class SpanCall:
+    """A projection inside the span on sets of its own; calling it gives what ``want`` computes in fp64.
+
+    ``rounding`` is the error allowed, relative to the largest value of the result.
+    """
+
+    sets: list[list[Tensor]]
+    call: Callable[[], list[Tensor]]
+    want: Callable[[list[list[Tensor]]], list[Tensor]]
+    rounding: float
+
+
+def _gram(sets: list[list[Tensor]]) -> SpanCall:
+    def want(exact: list[list[Tensor]]) -> list[Tensor]:
+        return [reference_gram(exact, segmentation(exact[0], "global"))]
+
+    return SpanCall(sets, lambda: [fastproj.gram(sets)], want, SUMMED)
+
+
+def _combine(sets: list[list[Tensor]]) -> SpanCall:
+    values = [1.5, -0.5, *([0.25] * (len(sets) - 2))]
+    coefficients = torch.tensor([values], dtype=torch.float64, device=sets[0][0].device)
+    out = [torch.empty_like(shard) for shard in sets[0]]
+
+    def call() -> list[Tensor]:
+        fastproj.combine(sets, coefficients, out=out)
+        return out
+
+    def want(exact: list[list[Tensor]]) -> list[Tensor]:
+        return reference_combine(exact, coefficients.cpu(), segmentation(exact[0], "global"))
+
+    return SpanCall(sets, call, want, ROUNDED)
+
+
+def _edge(sets: list[list[Tensor]]) -> SpanCall:
+    def call() -> list[Tensor]:
+        fastproj.edge_(sets[0], sets[1], alpha=ALPHA)
+        return sets[0]
+
+    def want(exact: list[list[Tensor]]) -> list[Tensor]:
+        erm, gce = exact
+        return reference_edge(erm, gce, segmentation(erm, "global"), alpha=ALPHA)
+
+    return SpanCall(sets, call, want, ROUNDED)
+
+
+SPAN: dict[str, Callable[[list[list[Tensor]]], SpanCall]] = {
+    "gram": _gram,
+    "combine": _combine,
+    "edge": _edge,
+}
+
+
+def span_case(suite: str, workload: Workload, device: str) -> Case:
+    """A whole workload's shards in one call."""
+
+    def prepare(shapes: Sequence[Shape], seed: int) -> SpanCall:
+        sets = [
+            gradients(shapes, workload.dtype, workload.sets * seed + k, device) for k in range(workload.sets)
+        ]
+        return SPAN[suite](sets)
+
+    def check() -> None:
+        subject = prepare(workload.shards[:CHECKED_SHARDS], 0)
+        exact = [[shard.double().cpu() for shard in shards] for shards in subject.sets]
+        want = subject.want(exact)
+        largest = max(shard.abs().max().item() for shard in want)
+        require_close(suite, subject.call(), want, subject.rounding * largest)
+
+    size = DTYPES[workload.dtype].itemsize * workload.elements
+    touched = size * (workload.sets + (suite == "combine"))
+    traffic = MODELS[suite](workload)
+    subject = Subject(lambda seed: prepare(workload.shards, seed).call, touched, touched, traffic.launches)
+    return Case(suite, workload.name, "", workload.dtype, traffic, subject, check)
+
+
+def contraction_case(suite: str, workload: Workload, contraction: Contraction, device: str) -> Case:
+    """One linear map of the workload's batch in one call."""
+    dtype = workload.activation_dtype
+    small = replace(contraction, samples=CHECKED_SAMPLES, tokens=CHECKED_TOKENS)
+    if suite == "weighted_grad":
+        traffic = weighted_grad_call(contraction, dtype, SUMS)
+        outputs = SUMS
+    else:
+        traffic = per_sample_grad_call(contraction, dtype)
+        outputs = contraction.samples
+    inputs = contraction.samples * contraction.tokens * (contraction.d_in + contraction.d_out)
+    touched = DTYPES[dtype].itemsize * (inputs + outputs * contraction.d_in * contraction.d_out)
+    subject = Subject(
+        lambda seed: _contraction(suite, layer(contraction, dtype, seed, device)),
+        touched, touched, traffic.launches,
+    )  # fmt: skip
+    part = f"{contraction.name}, {contraction.samples} × {contraction.tokens} tokens"
+
+    def check() -> None:
+        check_contraction(suite, layer(small, dtype, 0, device))
+
+    return Case(suite, workload.name, part, dtype, traffic, subject, check)
+
+
+def layer(contraction: Contraction, dtype: str, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, delta and the weights of SUMS sums: ones, as plain training has them, and values in [0, 1]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = (contraction.samples, contraction.tokens)
+    x, delta = (
+        torch.randn(*batch, width, generator=generator, device=device, dtype=DTYPES[dtype])
+        for width in (contraction.d_in, contraction.d_out)
+    )
+    weights = torch.rand(SUMS, contraction.samples, generator=generator, device=device)
+    weights[0] = 1
+    return x, delta, weights
+
+
+def _contraction(suite: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    x, delta, weights = inputs
+    if suite == "weighted_grad":
+        return lambda: fastproj.weighted_grad(x, delta, weights)
+    return lambda: fastproj.per_sample_grad(x, delta)
+
+
+def check_contraction(suite: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Raises WrongResultError where an element is off by more than rounding explains."""
+    got = _contraction(suite, inputs)()
+    x, delta, weights = (tensor.double().cpu() for tensor in inputs)
+    if suite == "weighted_grad":
+        want = reference_weighted(x, delta, weights)
+        magnitude = reference_weighted(x.abs(), delta.abs(), weights.abs())
+    else:
+        want = reference_per_sample(x, delta)
+        magnitude = reference_per_sample(x.abs(), delta.abs())
+    positions = x.shape[0] * x.shape[1]
+    # The weighted side and the result are rounded to the dtype, products and their sums to fp32.
+    share = 1.5 * torch.finfo(got.dtype).eps + 2 * (positions + 2) * torch.finfo(torch.float32).eps
+    require_close(suite, [got], [want], magnitude * share)
+
+
+def require_close(suite: str, got: Sequence[Tensor], want: Sequence[Tensor], allowed: float | Tensor) -> None:
+    """Raises WrongResultError where a value is further from the reference than ``allowed``, or is NaN."""
+    for index, (value, expected) in enumerate(zip(got, want, strict=True)):
+        off = (value.double().cpu() - expected).abs()
+        if not bool((off <= allowed).all()):
+            raise WrongResultError(
+                f"{suite}: result {index} is off by {off.max().item():.3g} from the fp64 reference: not timed"
+            )

@@ -1,0 +1,32 @@
+"""The traffic model of every operator on a named workload, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastproj.bench.traffic.contraction import per_sample_grad, weighted_grad
+from fastproj.bench.traffic.moves import Floor, Traffic, roofline
+from fastproj.bench.traffic.span import combine, edge, gram, gram_and_combine
+from fastproj.bench.traffic.workloads import Workload
+
+OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
+    "gram": gram,
+    "combine": combine,
+    "gram + combine": gram_and_combine,
+    "edge": edge,
+    "weighted_grad": weighted_grad,
+    "per_sample_grad": per_sample_grad,
+}
+
+__all__ = [
+    "OPERATORS",
+    "Floor",
+    "Traffic",
+    "combine",
+    "edge",
+    "gram",
+    "gram_and_combine",
+    "per_sample_grad",
+    "roofline",
+    "weighted_grad",
+]

@@ -1,0 +1,195 @@
+"""The traffic model held against what the kernels do: every access of interpreted launches, counted.
+
+Each operator's launcher runs on small inputs under triton's interpreter, which shows its loads and stores.
+Bytes and launches of each kernel must equal the model's exactly. ``python -m fastproj.bench.traffic.probe``,
+with TRITON_INTERPRET=1, prints the results as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastproj.bench.traffic.contraction import per_sample_moves, weighted_moves
+from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves
+from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
+from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
+from fastproj.kernels import combine, edge, gram, per_sample_grad, weighted_grad
+from fastproj.reference.segments import Segments, segmentation
+
+# Ragged tails, a vector, narrow rows in whole and in part, rows and shards of several blocks.
+SHAPES = ((16, 33), (40, 16), (5,), (9, 3), (2, 5000), (3, 700))
+# (samples, tokens, d_in, d_out): LoRA A and B, tokens in one range and in several, rows in several tiles.
+BATCHES = ((2, 520, 150, 5), (3, 7, 4, 40), (2, 40, 70, 68))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A launcher's call and the model's word on it; ``expected`` element accesses a shard element, if any."""
+
+    operator: str
+    name: str
+    call: Callable[[], object]
+    moves: Moves
+    expected: int | None = None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe's kernels did, by kernel, beside the model; ``problem`` says where the two differ."""
+
+    operator: str
+    probe: str
+    counted: dict[str, KernelCount]
+    modelled: dict[str, KernelCount]
+    problem: str | None
+
+
+def count(call: Callable[[], object]) -> dict[str, KernelCount]:
+    """Run ``call`` and count launches and bytes of each kernel that it launches.
+
+    Raises RuntimeError where kernels are compiled and not interpreted.
+    """
+    launches: Counter[str] = Counter()
+    moved: Counter[tuple[str, Literal["load", "store"]]] = Counter()
+
+    def launched(launch: Launch) -> None:
+        launches[launch.kernel] += 1
+
+    def observe(access: Access) -> None:
+        moved[access.kernel, access.kind] += access.addresses.size * access.itemsize
+
+    with observed_accesses(observe, launched):
+        call()
+    return {name: KernelCount(n, moved[name, "load"], moved[name, "store"]) for name, n in launches.items()}
+
+
+def judge(probe: Probe) -> ProbeResult:
+    """Run one probe and compare."""
+    counted, modelled = count(probe.call), probe.moves.by_kernel()
+    nothing = KernelCount(0, 0, 0)
+    differences = [
+        f"{kernel} {words}"
+        for kernel in {**modelled, **counted}
+        if (words := _difference(counted.get(kernel, nothing), modelled.get(kernel, nothing)))
+    ]
+    problem = None
+    if differences:
+        problem = f"{probe.operator} on {probe.name}: {'; '.join(differences)}{_excess(probe, counted)}"
+    return ProbeResult(probe.operator, probe.name, counted, modelled, problem)
+
+
+def _difference(counted: KernelCount, modelled: KernelCount) -> str:
+    """ "runs 2 times and not 1, reads 4,224 bytes more than the model", or "" where they agree."""
+    words = []
+    if counted.launches != modelled.launches:
+        words.append(f"runs {counted.launches} times and not {modelled.launches}")
+    for verb, got, want in (
+        ("reads", counted.read_bytes, modelled.read_bytes),
+        ("writes", counted.written_bytes, modelled.written_bytes),
+    ):
+        if got != want:
+            words.append(
+                f"{verb} {abs(got - want):,} bytes {'more' if got > want else 'less'} than the model"
+            )
+    return ", ".join(words)
+
+
+def _excess(probe: Probe, counted: dict[str, KernelCount]) -> str:
+    """All accesses beside those allowed: in units of N shard elements where the probe has shards."""
+    got = sum(one.read_bytes + one.written_bytes for one in counted.values())
+    allowed = probe.moves.bytes("load") + probe.moves.bytes("store")
+    if probe.expected is None:
+        return f": {got / allowed:.2f} × the bytes that are allowed"
+    data = probe.moves.bytes("load", "sets") + probe.moves.bytes("store", "out")
+    n = data / probe.expected
+    return f": {(got - allowed + data) / n:.1f} N accesses where {probe.expected} N + O(blocks) are allowed"
+
+
+def probes() -> Iterator[Probe]:
+    """Every operator on every kind of input that changes what its launches touch."""
+    for segments in ("global", "tensor", "row"):
+        yield from span_probes(SHAPES, ("fp32",), segments)
+    for dtype in ("bf16", "fp16", "fp64"):
+        yield from span_probes(SHAPES[:4], (dtype,), "tensor")
+    yield from span_probes(SHAPES[:4], ("fp32", "bf16", "fp32"), "row")
+    for dtype in DTYPES:
+        for batch in BATCHES:
+            yield from contraction_probes(batch, dtype)
+
+
+def span_probes(
+    shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], segments: Segments, sets: int = 2
+) -> Iterator[Probe]:
+    """The span projections over shards of these shapes; shard i of each set has dtype ``dtypes[i % len]``."""
+    generator = torch.Generator().manual_seed(0)
+    lists = [
+        [
+            torch.randn(shape, generator=generator).to(DTYPES[dtypes[i % len(dtypes)]])
+            for i, shape in enumerate(shapes)
+        ]
+        for _ in range(sets)
+    ]
+    flat, out = [shard for shards in lists for shard in shards], [torch.empty_like(s) for s in lists[0]]
+    plan = segmentation(lists[0], segments)
+    where = (plan.first, plan.rows, plan.count)
+    weights = torch.ones(plan.count, sets, dtype=torch.float64)
+    name = f"{' and '.join(dict.fromkeys(dtypes))}, {sets} sets, segments {segments}"
+    one, two = gram_moves(lists, plan), combine_moves(lists, out, plan)
+
+    def gram_and_combine() -> None:
+        gram.gram(flat, sets, *where)
+        combine.combine(flat, weights, *where[:2], out)
+
+    yield Probe("gram + combine", name, gram_and_combine, one + two, 2 * sets + 1)
+    if sets == 2:
+        erm, gce = lists
+        for variant in ("paper", "released") if plan.rows else ("paper",):
+            call = partial(edge.edge, erm, gce, out, *where, alpha=0.5, variant=variant, skip_nonfinite=False)
+            yield Probe("edge", f"{name}, {variant}", call, edge_moves(lists, out, plan, variant), 5)
+
+
+def contraction_probes(batch: tuple[int, int, int, int], dtype: str, sums: int = 2) -> Iterator[Probe]:
+    """The contractions on one batch (samples, tokens, d_in, d_out)."""
+    samples, tokens, d_in, d_out = batch
+    x, delta = _activations((samples, tokens, d_in), (samples, tokens, d_out), DTYPES[dtype])
+    weights = torch.rand(sums, samples)
+    name = f"{dtype}, {samples} × {tokens} tokens, {d_in} to {d_out}"
+    yield Probe(
+        "weighted_grad",
+        f"{name}, {sums} sums",
+        lambda: weighted_grad.weighted_grad(x, delta, weights),
+        weighted_moves(x, delta, sums),
+    )
+    yield Probe(
+        "per_sample_grad",
+        name,
+        lambda: per_sample_grad.per_sample_grad(x, delta),
+        per_sample_moves(x, delta),
+    )
+
+
+def _activations(
+    x: tuple[int, int, int], delta: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(x, generator=generator).to(dtype), torch.randn(delta, generator=generator).to(dtype)
+
+
+def probe_all() -> list[ProbeResult]:
+    """Run all probes.
+
+    Raises RuntimeError where kernels are compiled and not interpreted.
+    """
+    return [judge(probe) for probe in probes()]
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(result) for result in probe_all()], indent=1))

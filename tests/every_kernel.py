@@ -1,0 +1,88 @@
+"""A program that launches every operator once on small odd shapes: what a memory checker is run over.
+
+    compute-sanitizer --tool memcheck python tests/every_kernel.py [cuda | cpu]
+
+Ends with 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+import fastproj
+from fastproj.reference.combine import combine
+from fastproj.reference.edge import edge
+from fastproj.reference.gram import gram
+from fastproj.reference.per_sample_grad import per_sample_grad
+from fastproj.reference.segments import segmentation
+from fastproj.reference.weighted_grad import weighted_grad
+
+# Shards off any block size, rows that share a program, one of several blocks, an empty one.
+SHAPES = ((7, 33), (3, 511), (9001,), (1,), (0, 4), (70, 130))
+# samples, tokens, d_out, d_in: either side the narrow one, tokens that leave a rest
+LAYERS = ((2, 5, 3, 130), (2, 5, 130, 3), (3, 1, 2, 37), (1, 300, 16, 70))
+SEGMENTS = ("global", "tensor", "row")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def random(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def require_close(what: str, got: Tensor, want: Tensor) -> None:
+    """Far from what rounding does, and near enough to show an element that was never written."""
+    precision = torch.finfo(got.dtype if got.dtype != torch.float64 else torch.float32).eps
+    # Sums of up to ten thousand products of order one; one side of a contraction and the result are rounded.
+    allowed = 8 * precision * max(1.0, want.abs().max().item() if want.numel() else 0.0)
+    if not bool(((got.double().cpu() - want).abs() <= allowed).all()):
+        sys.exit(f"{what}: wrong by {(got.double().cpu() - want).abs().max().item()}")
+
+
+def span_projections(dtype: torch.dtype, segments: str, device: str) -> None:
+    sets = [[random(*shape, seed=seed).to(dtype) for shape in SHAPES] for seed in (0, 1)]
+    here = [[shard.to(device) for shard in shards] for shards in sets]
+    plan = segmentation(sets[0], segments)
+    require_close("gram", fastproj.gram(here, segments=segments), gram(sets, plan))
+    coefficients = random(plan.count, 2, seed=2)
+    results = {
+        "combine": (
+            fastproj.combine(here, coefficients.to(device), segments=segments),
+            combine(sets, coefficients, plan),
+        ),
+        "edge": (fastproj.edge(*here, segments=segments), edge(*sets, plan)),
+    }
+    for name, (got, want) in results.items():
+        for value, expected in zip(got, want, strict=True):
+            require_close(f"{name}, {dtype}, {segments}", value, expected)
+
+
+def contractions(dtype: torch.dtype, layer: tuple[int, int, int, int], device: str) -> None:
+    samples, tokens, d_out, d_in = layer
+    x, delta = (
+        random(samples, tokens, d_in, seed=3).to(dtype),
+        random(samples, tokens, d_out, seed=4).to(dtype),
+    )
+    weights = random(2, samples, seed=5)
+    here = x.to(device), delta.to(device)
+    got = fastproj.weighted_grad(*here, weights.to(device))
+    require_close(f"weighted_grad, {dtype}, {layer}", got, weighted_grad(x, delta, weights))
+    require_close(
+        f"per_sample_grad, {dtype}, {layer}", fastproj.per_sample_grad(*here), per_sample_grad(x, delta)
+    )
+
+
+def main(device: str) -> None:
+    """Every dtype of every operator on ``device``."""
+    for dtype in DTYPES:
+        for segments in SEGMENTS:
+            span_projections(dtype, segments, device)
+        for layer in LAYERS:
+            contractions(dtype, layer, device)
+    print(f"every operator ran on {device}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

@@ -1,0 +1,187 @@
+"""Calls of every launcher under the memory checker: ragged lengths, narrow rows, empty shards, tails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+
+import torch
+from memory_checker import Guards, Observation, checked
+from span_inputs import DTYPES, random_sets
+from torch import Tensor
+
+from fastproj.kernels.combine import combine
+from fastproj.kernels.edge import edge
+from fastproj.kernels.gram import MOST_SETS, gram
+from fastproj.kernels.per_sample_grad import per_sample_grad
+from fastproj.kernels.weighted_grad import weighted_grad
+from fastproj.reference.segments import Segmentation, Segments, segmentation
+
+# One element to each side of a tile and of a block, scalars, narrow rows of every kind, empty shards.
+SHAPES = (
+    *((1,), (1023,), (1024,), (1025,), (4097,), (), (0,), (3, 0)),
+    *((5, 3), (40, 8), (33, 16), (9, 33), (3, 511), (2, 512), (2, 3, 4), (2, 5000)),
+)
+FEW = ((1025,), (40, 8), (3, 511), (0,), (4097,))
+SMALL = ((257,), (9, 33), (0,))
+IDS = tuple(i * 3 % 5 for i in range(len(SHAPES)))
+SEGMENTS: tuple[Segments, ...] = ("global", "tensor", "row", IDS)
+MIXED = (torch.float32, torch.bfloat16, torch.float16)
+# (samples, tokens, d_in, d_out): one position, tails of every tile, several splits, tiles side by side.
+LAYERS = ((1, 1, 1, 1), (3, 1, 5, 3), (2, 37, 40, 8), (5, 33, 7, 30), (2, 520, 40, 8), (1, 35, 130, 70))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where inputs lie: elements off their alignment (each ``every``-th of them), elements between rows."""
+
+    name: str
+    offset: int = 0
+    every: int = 1
+    gap: int = 0
+
+    def place(self, tensors: Sequence[Tensor], guards: Guards) -> list[Tensor]:
+        return [
+            guards.place(tensor, offset=self.offset if i % self.every == 0 else 0, gap=self.gap)
+            for i, tensor in enumerate(tensors)
+        ]
+
+
+ALIGNED, UNALIGNED = Layout("aligned"), Layout("unaligned", offset=1)
+LAYOUTS = (ALIGNED, UNALIGNED, Layout("every third unaligned", offset=1, every=3), Layout("gaps", gap=5))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A launcher's call over inputs: its results, among them what it wrote in place."""
+
+    name: str
+    inputs: Callable[[], list[Tensor]]
+    run: Callable[[list[Tensor]], list[Tensor]]
+    layout: Layout
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.layout.name}".replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results over plain tensors and over guarded ones, and what the checker saw of the latter.
+
+    Both lie alike, as sums of aligned tensors take an order of their own.
+    """
+
+    plain: list[Tensor]
+    guarded: list[Tensor]
+    seen: Observation
+
+
+@cache
+def outcome(case: Case) -> Outcome:
+    """Run once over fresh tensors and once under the checker; both files of tests read it."""
+    plain = case.run(case.layout.place(case.inputs(), Guards(poisoned=False)))
+    guards = Guards()
+    placed = case.layout.place(case.inputs(), guards)
+    guarded, seen = checked(lambda: case.run(placed), placed, guards)
+    return Outcome(plain, guarded, seen)
+
+
+def _sets(num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [shard for shards in random_sets(num_sets, shapes, dtypes) for shard in shards]
+
+
+def _with_outputs(
+    num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """The sets, and outputs of NaN for them: an element that nobody writes shows."""
+    sets = _sets(num_sets, shapes, dtypes)
+    return sets + [torch.full_like(shard, torch.nan) for shard in sets[: len(shapes)]]
+
+
+def _gram(num_sets: int, plan: Segmentation, tensors: list[Tensor]) -> list[Tensor]:
+    return [gram(tensors, num_sets, plan.first, plan.rows, plan.count)]
+
+
+def _combine(num_sets: int, plan: Segmentation, tensors: list[Tensor]) -> list[Tensor]:
+    """Out of place where there are tensors beyond the sets, else into the first set; one coefficient is 0."""
+    n = len(plan.first)
+    coefficients = torch.linspace(-1, 2, plan.count * num_sets, dtype=torch.float64)
+    coefficients[-1] = 0
+    out = tensors[num_sets * n :] or tensors[:n]
+    combine(tensors[: num_sets * n], coefficients.reshape(plan.count, num_sets), plan.first, plan.rows, out)
+    return out
+
+
+def _edge(variant: str, plan: Segmentation, tensors: list[Tensor]) -> list[Tensor]:
+    n = len(plan.first)
+    out = tensors[2 * n :] or tensors[:n]
+    erm, gce = tensors[:n], tensors[n : 2 * n]
+    stats = edge(erm, gce, out, plan.first, plan.rows, plan.count, 0.7, variant, False)
+    return [*out, *stats]
+
+
+def _plan(shapes: Sequence[tuple[int, ...]], segments: Segments) -> Segmentation:
+    return segmentation([torch.empty(shape, device="meta") for shape in shapes], segments)
+
+
+def span_cases() -> Iterator[Case]:
+    """Gram, combination and EDGE over many shards."""
+    signatures = [(str(dtype).removeprefix("torch."), (dtype,)) for dtype in DTYPES] + [("mixed", MIXED)]
+    for (i, segments), (j, layout), turn in product(enumerate(SEGMENTS), enumerate(LAYOUTS), range(2)):
+        # A Latin square: every dtype meets every segmentation and every layout, mixed ones each of both once.
+        if turn and i != j:
+            continue
+        name, dtypes = signatures[len(DTYPES) if turn else (i + j) % len(DTYPES)]
+        plan, kind = _plan(SHAPES, segments), "ids" if isinstance(segments, tuple) else segments
+        sets = partial(_sets, 2, SHAPES, dtypes)
+        outputs = partial(_with_outputs, 2, SHAPES, dtypes)
+        if not turn:
+            yield Case(f"gram {kind} {name}", sets, partial(_gram, 2, plan), layout)
+        if turn or j in {i, (i + 1) % len(LAYOUTS)}:
+            variant = ("paper", "naive", "released", "subtract")[i]
+            yield Case(f"edge {variant} {kind} {name}", outputs, partial(_edge, variant, plan), layout)
+        yield Case(f"combine {kind} {name}", outputs, partial(_combine, 2, plan), layout)
+    for num_sets, segments in product((1, 3, MOST_SETS, MOST_SETS + 1), ("global", "row")):
+        shapes = FEW if num_sets <= 3 else SMALL
+        plan, sets = _plan(shapes, segments), partial(_sets, num_sets, shapes, MIXED)
+        name = f"{num_sets} sets {segments}"
+        yield Case(f"gram of {name}", sets, partial(_gram, num_sets, plan), UNALIGNED)
+        yield Case(f"combine in place {name}", sets, partial(_combine, num_sets, plan), LAYOUTS[2])
+    edges = product(("paper", "naive", "subtract", "released"), ("tensor", "row"), LAYOUTS)
+    for number, (variant, segments, layout) in enumerate(edges):
+        # A third of them meets every variant, segmentation and layout; "released" knows rows alone.
+        if number % 3 == 1 and (variant, segments) != ("released", "tensor"):
+            plan, sets = _plan(FEW, segments), partial(_sets, 2, FEW, (torch.float32,))
+            yield Case(f"edge in place {variant} {segments}", sets, partial(_edge, variant, plan), layout)
+
+
+def _layer(dims: tuple[int, int, int, int], dtype: torch.dtype, num_sums: int) -> list[Tensor]:
+    samples, tokens, d_in, d_out = dims
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((samples, tokens, d_in), (samples, tokens, d_out), (num_sums, samples))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def contraction_cases() -> Iterator[Case]:
+    """Weighted sums and per-sample gradients of a layer, delta narrower than x and the reverse."""
+    for (i, dims), (j, layout) in product(enumerate(LAYERS), enumerate(LAYOUTS)):
+        for dtype in DTYPES if layout is ALIGNED else (DTYPES[(i + j) % len(DTYPES)],):
+            name = f"{'x'.join(map(str, dims))} {str(dtype).removeprefix('torch.')}"
+            num_sums = 1 + 2 * ((i + j) % 2)
+            yield Case(
+                f"weighted_grad {num_sums} sums {name}",
+                partial(_layer, dims, dtype, num_sums),
+                lambda tensors: [weighted_grad(*tensors)],
+                layout,
+            )
+            yield Case(
+                f"per_sample_grad {name}",
+                partial(_layer, dims, dtype, 1),
+                lambda tensors: [per_sample_grad(*tensors[:2])],
+                layout,
+            )
+
+
+CASES = (*span_cases(), *contraction_cases())
