@@ -23,7 +23,7 @@ from fastproj.reference.weighted_grad import weighted_grad
 # Shards off any block size, rows that share a program, one of several blocks, an empty one.
 SHAPES = ((7, 33), (3, 511), (9001,), (1,), (0, 4), (70, 130))
 # samples, tokens, d_out, d_in: either side the narrow one, tokens that leave a rest
-LAYERS = ((2, 5, 3, 130), (2, 5, 130, 3), (3, 1, 2, 37), (1, 300, 16, 70))
+LAYERS = ((2, 5, 3, 130), (2, 5, 130, 3), (3, 1, 2, 37), (2, 600, 16, 70))
 SEGMENTS = ("global", "tensor", "row")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

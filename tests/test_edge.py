@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from devices import on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from span_inputs import (
@@ -290,6 +291,7 @@ def test_range(path: str, variant: str, dtype: torch.dtype, scale: float) -> Non
         assert ((value / scale - expected).abs() <= 2 * eps * expected.abs().max()).all()
 
 
+@on_gpu
 @pytest.mark.parametrize("powers", [(-99, 99), (99, -99)])
 @pytest.mark.parametrize("variant", ["paper", "naive"])
 def test_gradients_sixty_decades_apart(powers: tuple[int, int], variant: str) -> None:

@@ -107,9 +107,20 @@ SHAPES = [
     (2, 3, 5, 8, 300),
     (2, 3, 5, 300, 8),
     (3, 2, 7, 70, 140),
-    (2, 3, 300, 4, 9),
-    (2, 600, 1, 9, 4),
+    (2, 3, 520, 4, 9),
+    (2, 1100, 1, 9, 4),
 ]
+
+
+def test_some_shapes_take_several_splits() -> None:
+    """Else the sum of partial results would be in no test."""
+
+    def splits(shape: Shape) -> int:
+        _, samples, tokens, d_out, d_in = shape
+        tiles = -(-max(d_out, d_in) // 64)
+        return -(-samples * tokens // kernel_module.positions_per_split(samples * tokens, tiles, 16))
+
+    assert [splits(shape) for shape in SHAPES[-2:]] == [3, 2]
 
 
 @PATHS
@@ -241,7 +252,7 @@ def test_mixed_dtypes_promote(path: Path) -> None:
 
 @on_gpu
 def test_triton_addresses_in_64_bits_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = layer((2, 3, 300, 3, 7), torch.float32)
+    inputs = layer((2, 3, 520, 3, 7), torch.float32)
     want = on_device(*inputs)
     monkeypatch.setattr(kernel_module, "index_dtype", lambda *tensors: kernel_module.tl.int64)
     assert torch.equal(on_device(*inputs), want)
