@@ -6,7 +6,8 @@ block. Each flat block owns a slot for its partial sums, each narrow row one of 
 segment lie side by side. Shards that differ in dtypes or alignment go to different groups: a launch each.
 
 Tables live on the device. Both caches hold pure functions of their keys, so a stale entry cannot be met:
-addresses are looked up by the addresses themselves at every call.
+addresses are looked up by the addresses themselves at every call. A table is whole before anybody gets it, on
+whatever stream, and a CUDA graph may be captured once its tables are there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton.language as tl
@@ -31,7 +32,7 @@ ROW_ALIGNMENT = 8  # elements: where rows begin at multiples of it, none breaks 
 THREADS = 128  # of a program
 VECTORS = {1: 4, 2: 2}  # 128-bit loads of a thread per set; with more sets than these one
 LARGEST_TILE = 2048  # elements
-FLAT = -1  # row width that marks a flat block
+FLAT = -8  # row width that marks a flat block; a multiple of ROW_ALIGNMENT like every other
 
 DEVICE_DTYPES = {
     torch.float32: tl.float32,
@@ -90,12 +91,22 @@ def prepare(lists: Sequence[Sequence[Tensor]], first: Sequence[int], rows: bool,
         for at, (number, width) in zip(zip(*addresses, strict=True), shapes, strict=True)
     )
     device = lists[0][0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    plan = _plan(shapes, tuple(first), rows, count, dtypes, aligned, device, stream)
-    work = Work(plan, _address_table(addresses, device, stream), len(shapes))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(work)
+    plan = _plan(shapes, tuple(first), rows, count, dtypes, aligned, device)
+    work = Work(plan, _address_table(addresses, device), len(shapes))
+    if device.type == "cuda":
+        _keep(work)
     return work
+
+
+def _keep(work: Work) -> None:
+    """Let no table be freed that the current stream, or a graph that is captured on it, has yet to read."""
+    with on_device(work.addresses):
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(work)
+            return
+        stream = torch.cuda.current_stream()
+        for table in (work.addresses, work.plan.bounds, *(group.blocks for group in work.plan.groups)):
+            table.record_stream(stream)
 
 
 def contiguous(shards: Sequence[Tensor]) -> list[Tensor]:
@@ -152,13 +163,30 @@ def _row_shape(shard: Tensor, rows: bool) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _address_table(addresses: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+def _address_table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return _upload(torch.tensor(addresses, dtype=torch.int64), device)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting; the pinned copy lives until the stream has read it."""
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    """To the device on a stream of its own, which alone is waited for: what runs elsewhere goes on.
+
+    Raises RuntimeError while a CUDA graph is captured, which would replay the copy of a table long gone.
+    """
+    if device.type == "cpu":
+        return table
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("expected a first call with the same tensors before a CUDA graph is captured")
+        stream = _upload_stream(device)
+        with torch.cuda.stream(stream):
+            uploaded = table.pin_memory().to(device, non_blocking=True)
+        stream.synchronize()
+    return uploaded
+
+
+@cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @lru_cache(maxsize=32)
@@ -170,9 +198,8 @@ def _plan(
     dtypes: tuple[tuple[torch.dtype, ...], ...],
     aligned: tuple[bool, ...],
     device: torch.device,
-    stream: int,
 ) -> Plan:
-    """Cut the shards into blocks and sort these into launches; ``stream`` only keys the cache."""
+    """Cut the shards into blocks and sort these into launches."""
     total = sum(number * width for number, width in shapes)
     piece = min(max(SMALLEST_PIECE, -(-total // BLOCKS)), LARGEST_PIECE)
     piece = -(-piece // PIECE_STEP) * PIECE_STEP

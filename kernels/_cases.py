@@ -17,8 +17,9 @@ class CompileCase:
     those of a program, whatever the width of a warp.
 
     A kernel keeps no local memory, reads and writes global memory 128 bits at a time in its loops, multiplies
-    on tensor cores where it multiplies matrices, and then loads asynchronously. What cannot is declared with
-    its reason: ``narrow_accesses`` by the device function whose loop it is, the other two by themselves.
+    on tensor cores where it ``multiplies`` matrices, and then loads asynchronously. What cannot is declared
+    with its reason: ``narrow_accesses`` by the device function whose loop it is, ``without_tensor_cores`` by
+    how the names of the targets begin.
     ``bytes_a_turn`` is what a program asks of memory in one turn of its loop: as many programs must fit a
     processor as keep its memory busy. None asks for nothing, of loads that are narrow anyway.
     """
@@ -31,8 +32,9 @@ class CompileCase:
     threads: int = 128
     num_stages: int = 3
     bytes_a_turn: int | None = None
+    multiplies: bool = False
     narrow_accesses: Mapping[str, str] = field(default_factory=dict)
-    without_tensor_cores: str | None = None
+    without_tensor_cores: Mapping[str, str] = field(default_factory=dict)
     without_asynchronous_copies: str | None = None
 
 

@@ -32,7 +32,7 @@ TILES = {
     2: (
         Tile(16, 128, 64, 128, 3),
         Tile(32, 128, 64, 128, 3),
-        Tile(64, 128, 32, 128, 4),
+        Tile(64, 128, 32, 256, 4),
         Tile(128, 128, 32, 256, 4),
     ),
     4: (Tile(16, 64, 32, 128, 3), Tile(32, 64, 32, 128, 3), Tile(64, 64, 16, 256, 4)),
@@ -42,11 +42,13 @@ TILES = {
 SMALL_TILES = {2: (Tile(32, 64, 16, 128, 2),), 4: (Tile(32, 64, 16, 256, 2),), 8: TILES[8]}
 
 
+def columns_together(tensor: Tensor) -> Tensor:
+    """The tensor with its columns side by side, as 128-bit loads need them: copied from any other layout."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
 def sides(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, int, int]:
     """(narrow, wide, their strides in a (d_out, d_in) result): delta is narrow unless x is narrower."""
-    # Columns must lie side by side for 128-bit loads; any other layout is copied.
-    x = x if x.stride(2) == 1 else x.contiguous()
-    delta = delta if delta.stride(2) == 1 else delta.contiguous()
     return (delta, x, x.shape[2], 1) if delta.shape[2] <= x.shape[2] else (x, delta, 1, x.shape[2])
 
 
@@ -58,13 +60,13 @@ def tile_for(narrow: Tensor, wide: Tensor, rows: int) -> Tile:
 
 
 def row_alignment(narrow: Tensor, wide: Tensor) -> int:
-    """The elements of a 128-bit load where all rows begin at multiples of them and share a dtype, else 1.
+    """The elements of a 128-bit load where all rows consist of such loads and share a dtype, else 1.
 
     Triton finds out by itself about multiples of 16 alone; a LoRA of rank 8 would lose its wide loads.
     """
     elements = ALIGNMENT // narrow.element_size()
-    strides = (*narrow.stride()[:2], *wide.stride()[:2])
-    broken = any(stride % elements for stride in strides)
+    lengths = (*narrow.stride()[:2], *wide.stride()[:2], narrow.shape[2], wide.shape[2])
+    broken = any(length % elements for length in lengths)
     broken |= any(side.data_ptr() % ALIGNMENT for side in (narrow, wide))
     return 1 if broken or narrow.dtype != wide.dtype else elements
 
@@ -136,8 +138,8 @@ TWO_DTYPES = "16 bytes of the wider dtype are 8 of the other, which is loaded al
 TURNED = "tensor cores read fp64 and tf32 token by token: the copy turns the rows, an element at a time"
 HALVES_IN_SINGLES = "an asynchronous copy moves 4 bytes at least, an unaligned half is 2"
 WITHOUT_TENSOR_CORES = {
-    "torch.float32 ieee": "tensor cores take fp32 as tf32, for the user to allow",
-    "torch.float64 ieee": "sm_120 has none for fp64",
+    "torch.float32 ieee": {"sm_": "tensor cores take fp32 as tf32, for the user to allow"},
+    "torch.float64 ieee": {"sm_120": "it has none for fp64"},
 }
 
 
@@ -180,18 +182,20 @@ def contraction_case(
         constexprs={
             one: 1,
             "NARROW": columns - (not aligned),
-            "NARROW_ALIGNMENT": ALIGNMENT // product.narrow.itemsize if whole else 1,
+            "ROW_ALIGNMENT": ALIGNMENT // product.narrow.itemsize if whole else 1,
             "INDEX": index,
             "SUM": DEVICE_DTYPES[product.total],
         }
         | product_options(kernel, product.result, tile)
         | {"PRECISION": product.precision},
-        divisible_by_16=(*pointers, *(strides if aligned else ())),
+        # A narrow x is one of rank 8: only the kernel's own hints say that its rows allow wide loads.
+        divisible_by_16=(*pointers, *(strides if aligned and delta_is_narrow else ())),
         threads=tile.threads,
         num_stages=tile.stages,
         bytes_a_turn=tile.tokens * (tile.wide + columns) * product.wide.itemsize if whole else None,
         narrow_accesses=narrow_accesses,
-        without_tensor_cores=WITHOUT_TENSOR_CORES.get(kind),
+        without_tensor_cores=WITHOUT_TENSOR_CORES.get(kind, {}),
+        multiplies=True,
         without_asynchronous_copies=(
             HALVES_IN_SINGLES if not aligned and product.wide.itemsize == 2 else None
         ),

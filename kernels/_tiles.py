@@ -21,11 +21,11 @@ LARGEST_TRUSTED = tl.constexpr(2.0**127)
 
 @triton.jit
 def block_fields(blocks, ALIGNED: tl.constexpr):
-    """Where this program's block lies: shard, first element, length, row width (−1: flat), slot, segment."""
+    """Where this program's block lies: shard, first element, length, row width or FLAT, slot, segment."""
     row = blocks + tl.program_id(0).to(tl.int64) * 10
     start = tl.load(row + 1)
     width = tl.load(row + 3).to(tl.int32)
-    # Hints stay with a value only inside the function that makes it. A flat block has no use for its width.
+    # Hints stay with a value only inside the function that makes it.
     if ALIGNED:
         start = tl.multiple_of(start, 8)
         width = tl.multiple_of(width, 8)

@@ -37,6 +37,9 @@ from fastproj.kernels._span_cases import (
 )
 from fastproj.kernels._tiles import block_fields, combine_flat, combine_rows, set_pointers, shard_pointer
 
+MOST_SETS = 16  # of a launch, whose registers hold an address and a coefficient for each
+MOST_SETS_OF_ROWS = 6  # as many where each narrow row has coefficients of its own
+
 
 @triton.jit
 def row_coefficients(coefficients, rows, length, SETS: tl.constexpr):
@@ -76,11 +79,21 @@ def combine(
     """``out = Σ_k C[s,k] G_k`` in one launch per dtype signature and alignment.
 
     ``shards[k*n + i]`` is shard i of set k; ``coefficients`` is (S, K) fp64. ``out`` may alias the shards
-    element for element.
+    element for element. More sets than ``MOST_SETS`` (``MOST_SETS_OF_ROWS``) pass by way of a sum of the
+    first of them.
     """
     if not out:
         return
     n, (count, num_sets) = len(out), coefficients.shape
+    most = MOST_SETS_OF_ROWS if rows else MOST_SETS
+    if num_sets > most:
+        wide = torch.float64 if any(shard.dtype == torch.float64 for shard in shards) else torch.float32
+        begun = [torch.empty_like(shard, dtype=wide) for shard in out]
+        combine(shards[: most * n], coefficients[:, :most], first, rows, begun)
+        ones = coefficients.new_ones(count, 1)
+        rest = torch.cat([ones, coefficients[:, most:]], dim=1)
+        combine([*begun, *shards[most * n :]], rest, first, rows, out)
+        return
     written = contiguous(out)
     sets = [contiguous(shards[k * n : (k + 1) * n]) for k in range(num_sets)]
     work = prepare([*sets, written], first, rows, count)
@@ -123,8 +136,12 @@ COMPILE_CASES = (
     *(
         _case(**choice)
         for choice in every_pair(
-            dtypes=ALIKE, sets=(1, 2, 3, 8), columns=(0, *COLUMN_CHOICES), aligned=(True, False)
+            dtypes=ALIKE,
+            sets=(1, 2, 3, MOST_SETS_OF_ROWS),
+            columns=(0, *COLUMN_CHOICES),
+            aligned=(True, False),
         )
     ),
+    *(_case(MOST_SETS, dtypes, 0, aligned) for dtypes in ALIKE for aligned in (True, False)),
     _case(3, MIXED, 16, True),
 )

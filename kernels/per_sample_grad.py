@@ -11,6 +11,7 @@ from fastproj.kernels._blocks import DEVICE_DTYPES, launch_options
 from fastproj.kernels._cases import CompileCase
 from fastproj.kernels._contraction import (
     Product,
+    columns_together,
     contraction_case,
     contraction_choices,
     index_dtype,
@@ -19,6 +20,8 @@ from fastproj.kernels._contraction import (
     sides,
     tile_for,
 )
+
+MOST_ELEMENTS = 2**30  # of one sample's gradient, whose offsets device code counts in int32
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -36,7 +39,7 @@ def outer_sum_kernel(
     narrow_stride,
     wide_stride,
     NARROW: tl.constexpr,
-    NARROW_ALIGNMENT: tl.constexpr,
+    ROW_ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -51,14 +54,15 @@ def outer_sum_kernel(
     sample, tile = (tl.program_id(0) // tiles).to(INDEX), tl.program_id(0) % tiles
     row = tile // wide_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tile % wide_tiles * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    row_exists, column_exists = row < NARROW, column < wide_columns
+    row_exists, column_exists = row < NARROW, column < wide_columns // ROW_ALIGNMENT * ROW_ALIGNMENT
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDE), dtype=SUM)
     for first in range(0, tokens, BLOCK_TOKENS):
         token = first + tl.arange(0, BLOCK_TOKENS)
         inside = (token < tokens)[:, None]
         narrow_offset = sample * narrow_sample_stride + token.to(INDEX) * narrow_token_stride
-        narrow_offset = tl.multiple_of(narrow_offset, NARROW_ALIGNMENT)
+        narrow_offset = tl.multiple_of(narrow_offset, ROW_ALIGNMENT)
         wide_offset = sample * wide_sample_stride + token.to(INDEX) * wide_token_stride
+        wide_offset = tl.multiple_of(wide_offset, ROW_ALIGNMENT)
         narrow = tl.load(
             narrow_ptr + narrow_offset[:, None] + row[None, :], mask=inside & row_exists[None, :], other=0.0
         )
@@ -68,7 +72,7 @@ def outer_sum_kernel(
         total = tl.dot(
             tl.trans(narrow.to(OPERAND)), wide.to(OPERAND), total, input_precision=PRECISION, out_dtype=SUM
         )
-    # One sample's gradient is never as long as 2³¹, all of them together may be.
+    # The launcher sees to it that one sample's gradient stays within int32; all of them together need not.
     out_offset = (row * narrow_stride)[:, None] + (column * wide_stride)[None, :]
     out_mask = row_exists[:, None] & column_exists[None, :]
     tl.store(out_ptr + sample * sample_stride + out_offset, total.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -81,7 +85,11 @@ def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
     out = torch.empty(samples, delta.shape[2], d_in, dtype=result, device=x.device)
     if out.numel() == 0 or tokens == 0:
         return out.zero_()
-    narrow, wide, narrow_stride, wide_stride = sides(x, delta)
+    if out[0].numel() > MOST_ELEMENTS:
+        raise ValueError(
+            f"expected at most {MOST_ELEMENTS} elements in a sample's gradient, got {out[0].numel()}"
+        )
+    narrow, wide, narrow_stride, wide_stride = sides(columns_together(x), columns_together(delta))
     tile = tile_for(narrow, wide, narrow.shape[2])
     tiles = triton.cdiv(narrow.shape[2], tile.rows) * triton.cdiv(wide.shape[2], tile.wide)
     with torch.cuda.device_of(out):
@@ -97,7 +105,7 @@ def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
             narrow_stride,
             wide_stride,
             NARROW=narrow.shape[2],
-            NARROW_ALIGNMENT=row_alignment(narrow, wide),
+            ROW_ALIGNMENT=row_alignment(narrow, wide),
             INDEX=index_dtype(narrow, wide, out),
             SUM=DEVICE_DTYPES[torch.float64 if result == torch.float64 else torch.float32],
             **product_options(outer_sum_kernel, result, tile),

@@ -16,6 +16,7 @@ from fastproj.kernels._cases import CompileCase, every_pair
 from fastproj.kernels._contraction import (
     Product,
     Tile,
+    columns_together,
     contraction_case,
     contraction_choices,
     index_dtype,
@@ -61,7 +62,7 @@ def weighted_sum_kernel(
     wide_stride,
     positions_per_split,
     NARROW: tl.constexpr,
-    NARROW_ALIGNMENT: tl.constexpr,
+    ROW_ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -78,7 +79,8 @@ def weighted_sum_kernel(
     row = tl.program_id(0) // wide_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % wide_tiles * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     first = tl.program_id(1) * positions_per_split
-    row_exists, column_exists = row // NARROW < sums, column < wide_columns
+    row_exists = row // NARROW < sums
+    column_exists = column < wide_columns // ROW_ALIGNMENT * ROW_ALIGNMENT
     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDE), dtype=SUM)
     for step in range(0, positions_per_split, BLOCK_TOKENS):
         position = first + step + tl.arange(0, BLOCK_TOKENS)
@@ -86,7 +88,8 @@ def weighted_sum_kernel(
         inside = (position < positions)[:, None]
         narrow_offset = sample.to(INDEX) * narrow_sample_stride + token.to(INDEX) * narrow_token_stride
         wide_offset = sample.to(INDEX) * wide_sample_stride + token.to(INDEX) * wide_token_stride
-        narrow_offset = tl.multiple_of(narrow_offset, NARROW_ALIGNMENT)
+        narrow_offset = tl.multiple_of(narrow_offset, ROW_ALIGNMENT)
+        wide_offset = tl.multiple_of(wide_offset, ROW_ALIGNMENT)
         narrow_mask = inside & row_exists[None, :]
         narrow = tl.load(
             narrow_ptr + narrow_offset[:, None] + (row % NARROW)[None, :], mask=narrow_mask, other=0.0
@@ -123,6 +126,7 @@ def weighted_grad(x: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
     x is (B, T, d_in), delta (B, T, d_out), weights (K, B). Partial sums over ranges of tokens are added in
     a fixed order by a second launch; both launches write the result's own layout.
     """
+    x, delta = columns_together(x), columns_together(delta)
     sums, d_out, d_in = weights.shape[0], delta.shape[2], x.shape[2]
     result = torch.result_type(x, delta)
     out = torch.empty(sums, d_out, d_in, dtype=result, device=x.device)
@@ -180,7 +184,7 @@ def launch_weighted_sum(
         wide_stride,
         per_split,
         NARROW=columns,
-        NARROW_ALIGNMENT=row_alignment(narrow, wide),
+        ROW_ALIGNMENT=row_alignment(narrow, wide),
         INDEX=index_dtype(narrow, wide, out),
         SUM=DEVICE_DTYPES[weights.dtype],
         **product_options(weighted_sum_kernel, torch.result_type(x, delta), tile),

@@ -30,7 +30,7 @@ def row(seconds: float = 1e-3, spread: float = 0.01, **changes: Any) -> Row:
         "high": seconds * (1 + spread),
         "rounds": 31,
         "copies": 3,
-        "cold": True,
+        "cache": "turns",
         "route": "graph",
         "route_reason": "short",
         "host_seconds": 2e-5,
@@ -45,7 +45,7 @@ def row(seconds: float = 1e-3, spread: float = 0.01, **changes: Any) -> Row:
         "of_floor": 0.5,
         "energy_joules": None,
         "energy_source": "no NVML",
-        "telemetry": Window(nothing, [nothing], nothing).to_json(),
+        "telemetry": Window(nothing, [nothing], nothing).to_json(None),
         "missing": {"energy_joules": "no NVML"},
     }
     return Row(**{**values, **changes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from fastproj.bench.harness.device import CaptureRefusedError
 MIB = 2**20
 SWEEP = 100e-6
 REPLAY = 2e-6
+RECORD = 3e-6
 
 
 class FakeMoment:
@@ -24,6 +26,7 @@ class FakeMoment:
         self.time = -1.0
 
     def record(self) -> None:
+        self._device.host += RECORD
         self.time = max(self._device.ready, self._device.host)
 
     def seconds_until(self, later: Any) -> float:
@@ -34,16 +37,23 @@ class FakeMoment:
 class FakeDevice:
     """Host and device run side by side: a launch costs the host ``launch`` seconds, and kernels queue up.
 
-    A kernel whose data the cache still holds takes its warm time. ``refusal`` is what a capture fails with.
+    A kernel whose data the cache still holds takes its warm time. ``refusal`` is what a capture fails with
+    after ``refused_from`` that did not; the stream it was tried on is of no use from then on.
     """
 
     def __init__(
-        self, l2: int = 50 * MIB, free: int = 2**34, launch: float = 10e-6, refusal: str | None = None
+        self,
+        l2: int = 50 * MIB,
+        free: int = 2**34,
+        launch: float = 10e-6,
+        refusal: str | None = None,
+        refused_from: int = 0,
     ) -> None:
-        self.l2, self.free, self.launch, self.refusal = l2, free, launch, refusal
+        self.l2, self.free, self.launch = l2, free, launch
+        self.refusal, self.refused_from = refusal, refused_from
         self.host = self.ready = 0.0
         self.sweeps = self.captures = self.built = self.depth = 0
-        self._replaying = False
+        self._replaying = self._spoilt = False
         self._cache: dict[int, int] = {}
 
     def l2_bytes(self) -> int:
@@ -64,19 +74,27 @@ class FakeDevice:
     @contextmanager
     def working(self) -> Iterator[None]:
         self.depth += 1
-        yield
-        self.depth -= 1
+        self._spoilt = False
+        try:
+            yield
+        finally:
+            self.depth -= 1
         self.synchronize()
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        if self.refusal is not None:
+        if self.refusal is not None and self.captures >= self.refused_from:
+            self._spoilt = True
             raise CaptureRefusedError(self.refusal)
         self.captures += 1
+        # As a graph does, it knows the addresses of the call's tensors and keeps none of them alive.
+        known = weakref.ref(call)
 
         def replay() -> None:
+            captured = known()
+            assert captured is not None, "replayed after the call's tensors were freed"
             self.host += REPLAY
             self._replaying = True
-            call()
+            captured()
             self._replaying = False
 
         return replay
@@ -102,6 +120,7 @@ class FakeDevice:
 
             def call() -> None:
                 assert self.depth, "outside of the timed stream"
+                assert not self._spoilt, "on the stream of a failed capture"
                 if not self._replaying:
                     self.host += launches * self.launch
                 hit = seed in self._cache

@@ -255,7 +255,7 @@ def test_blocks_are_about_a_thousand_whatever_the_size() -> None:
     shards = [torch.empty(shape, device="meta") for shape in [(4096, 4096)] * 40]
     shapes = tuple((1, shard.numel()) for shard in shards)
     plan = _blocks._plan(
-        shapes, (0,) * 40, False, 1, ((torch.float32,),) * 40, (True,) * 40, torch.device("cpu"), 0
+        shapes, (0,) * 40, False, 1, ((torch.float32,),) * 40, (True,) * 40, torch.device("cpu")
     )
     (group,) = plan.groups
     # Pieces are rounded up, by 2,048 elements of 655,360 here, and each shard ends in one of its own.

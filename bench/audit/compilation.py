@@ -126,6 +126,8 @@ def compile_case(case: CompileCase, arch: str) -> Reading:
         raise ValueError(f"arch must be one of {tuple(TARGETS)}, got {arch!r}")
     if not isinstance(case.kernel, triton.JITFunction):
         raise RuntimeError(f"{case.name} is interpreted here: TRITON_INTERPRET was set when it was imported")
+    if os.environ.get("TRITON_DISABLE_LINE_INFO", "0") not in ("", "0"):
+        raise RuntimeError("TRITON_DISABLE_LINE_INFO is set: machine code would not say where it is from")
     target = TARGETS[arch]
     options = launch_options(case.threads, case.num_stages, amd=target.backend == "hip")
     compiled = triton.compile(_source(case), target=target, options=options)
@@ -146,12 +148,21 @@ def _source(case: CompileCase) -> ASTSource:
 
 def _key(case: CompileCase, arch: str) -> str:
     parts: tuple[Any, ...] = (
-        *(triton.__version__, _reader(), arch, case.kernel.cache_key),
+        *(triton.__version__, _reader(), _environment(), arch, case.kernel.cache_key),
         launch_options(case.threads, case.num_stages, amd=TARGETS[arch].backend == "hip"),
         *(sorted(case.signature.items()), sorted(case.divisible_by_16)),
         sorted((name, str(value)) for name, value in case.constexprs.items()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _environment() -> list[tuple[str, str]]:
+    """Triton's own variables, which change what it compiles and with what tools, but for its folders."""
+    return sorted(
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("TRITON_") and not name.endswith(("_DIR", "_INTERPRET"))
+    )
 
 
 @cache

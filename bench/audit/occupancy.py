@@ -9,7 +9,9 @@ from fastproj.bench.traffic.chips import CHIPS
 
 @dataclass(frozen=True)
 class Processor:
-    """What one SM (CU on AMD's chips) has: registers in all, shared bytes in all and for one program."""
+    """What one SM (CU on AMD's chips) has: registers of each of its four parts, shared bytes in all and for
+    one program, and the most threads and programs.
+    """
 
     registers: int
     shared_bytes: int
@@ -23,14 +25,16 @@ class Processor:
 
 MEMORY_LATENCY = 700e-9  # seconds under load, about what microbenchmarks of these chips find
 
+PARTS = 4  # of a processor, each with warps and registers of its own
+
 # Compute capabilities 8.0, 9.0, 10.0 and 12.0 in the CUDA programming guide; CDNA 3 in AMD's instruction set
 # reference: 4 SIMDs of 512 registers a lane and 8 waves each, 64 KiB of local data share.
 PROCESSORS = {
-    "sm_80": Processor(65536, 164 * 1024, 163 * 1024, 2048, 32, 32),
-    "sm_90": Processor(65536, 228 * 1024, 227 * 1024, 2048, 32, 32),
-    "sm_100": Processor(65536, 228 * 1024, 227 * 1024, 2048, 32, 32),
-    "sm_120": Processor(65536, 100 * 1024, 99 * 1024, 1536, 24, 32),
-    "gfx942": Processor(4 * 64 * 512, 64 * 1024, 64 * 1024, 2048, 16, 64, 0),
+    "sm_80": Processor(16384, 164 * 1024, 163 * 1024, 2048, 32, 32),
+    "sm_90": Processor(16384, 228 * 1024, 227 * 1024, 2048, 32, 32),
+    "sm_100": Processor(16384, 228 * 1024, 227 * 1024, 2048, 32, 32),
+    "sm_120": Processor(16384, 100 * 1024, 99 * 1024, 1536, 24, 32),
+    "gfx942": Processor(64 * 512, 64 * 1024, 64 * 1024, 2048, 16, 64, 0),
 }
 
 
@@ -45,9 +49,10 @@ def resident_programs(arch: str, *, registers: int, shared_bytes: int, threads: 
     if shared_bytes > has.shared_per_program:
         return 0
     step = has.register_step
-    taken = -(-max(registers, 1) // step) * step * threads
+    taken = -(-max(registers, 1) // step) * step * has.warp
+    by_registers = PARTS * (has.registers // taken) // (threads // has.warp)
     by_shared = has.shared_bytes // (shared_bytes + has.reserved_shared) if shared_bytes else has.programs
-    return min(has.programs, has.threads // threads, has.registers // taken, by_shared)
+    return min(has.programs, has.threads // threads, by_registers, by_shared)
 
 
 def busy_bytes(arch: str) -> int:

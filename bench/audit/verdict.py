@@ -41,8 +41,7 @@ def declared(case: CompileCase) -> list[tuple[str, str, str]]:
     """(kernel, rule, reason) of what a case declares that it cannot keep to."""
     kernel = case.kernel.__name__
     reasons = [("access width", reason) for reason in case.narrow_accesses.values()]
-    if case.without_tensor_cores is not None:
-        reasons.append(("tensor cores", case.without_tensor_cores))
+    reasons += [("tensor cores", reason) for reason in case.without_tensor_cores.values()]
     if case.without_asynchronous_copies is not None:
         reasons.append(("asynchronous copies", case.without_asynchronous_copies))
     return [(kernel, rule, reason) for rule, reason in reasons]
@@ -105,9 +104,12 @@ def _access_width(case: CompileCase, reading: Reading) -> Broken:
 
 
 def _matrix_products(case: CompileCase, arch: str, reading: Reading) -> Broken:
+    if case.multiplies and not reading.multiplies:
+        yield "tensor cores", "no matrix product is left in the kernel", ()
     if not reading.multiplies:
         return
-    if not reading.tensor_core_instructions and case.without_tensor_cores is None:
+    excused = arch.startswith(tuple(case.without_tensor_cores))
+    if not reading.tensor_core_instructions and not excused:
         yield "tensor cores", "a matrix product without one tensor-core instruction", ()
     # gfx942 has no asynchronous copy of 128 bits; its loads are told apart by their wait counters.
     pipelined = case.num_stages > 1 and not arch.startswith("gfx")

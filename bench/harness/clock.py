@@ -11,10 +11,8 @@ from typing import Protocol
 
 from fastproj.bench.harness.device import Call, CaptureRefusedError, Device
 
-# The kernels keep the address tables of 64 calls; a graph that outlives its table reads freed memory.
+# The kernels cache the address tables of 64 calls; turns over more copies would find none of them again.
 MOST_COPIES = 48
-# Host time that one launch may cost before the device waits for the host.
-SLOW_LAUNCH = 50e-6
 WARM_PASSES = 5  # medians over them forget the first, which compiles
 WALL_ROUND = 0.02  # seconds
 
@@ -50,8 +48,10 @@ class Subject:
 class Timing:
     """Median seconds of a call over rounds, and the quartiles.
 
-    ``route`` is "graph", "eager" or "wall", and ``reason`` why. ``host_seconds`` is what the host needs to
-    issue a call eagerly, None on the CPU.
+    ``route`` is "graph", "eager" or "wall", and ``reason`` why. ``cache`` is "turns" where other copies drive
+    a call's data out of the cache before its next turn, "sweep" where a sweep before each call does, and
+    "as left" where nothing does. ``host_seconds`` is what the host needs to issue a call eagerly, None on the
+    CPU.
     """
 
     seconds: float
@@ -59,14 +59,30 @@ class Timing:
     high: float
     rounds: int
     copies: int
-    cold: bool
+    cache: str
     route: str
     reason: str
     host_seconds: float | None
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a call, medians: of the host to issue it, of the device with work queued ahead, and from one
+    call to the next when repeated; ``queued`` is the host's to issue one turn through the copies with events.
+    """
+
+    issue: float
+    device: float
+    repeated: float
+    queued: float
+
+
 class Prepared(Protocol):
     """A subject with its inputs in place, warm."""
+
+    @property
+    def idle(self) -> str | None:
+        """Why the device waits while calls are sustained, None where it is busy."""
 
     def measure(self, rounds: int) -> Timing:
         """Time ``rounds`` rounds."""
@@ -105,9 +121,9 @@ def copies_for(footprint: int, resident: int, l2: int, free: int, most: int = MO
     return Rotation(copies, False, reason)
 
 
-def wants_graph(eager_seconds: float, launches: int) -> bool:
-    """Whether a call is so short that the host's launches, and not the device, would be timed."""
-    return eager_seconds < SLOW_LAUNCH * launches
+def wants_graph(host_seconds: float, device_seconds: float) -> bool:
+    """Whether the host, to issue a call, takes more than half of what the device takes to do it."""
+    return host_seconds > device_seconds / 2
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -121,7 +137,7 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 class CudaClock:
-    """Events around each call, inputs that the L2 does not hold, graphs where launches would be timed."""
+    """Events around each call, inputs that the L2 does not hold, graphs where the host would be too slow."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -134,49 +150,65 @@ class CudaClock:
 
 
 class CudaPrepared:
-    """A subject on the device: as many copies as the rotation says, each warmed up, and captured if short."""
+    """A subject on the device: as many copies as the rotation says, warm, captured if the host is slow."""
 
     def __init__(self, device: Device, subject: Subject, rotation: Rotation) -> None:
         self._device, self._rotation = device, rotation
         with device.working():
-            eager = [subject.build(seed) for seed in range(rotation.copies)]
-            self._host_seconds, eager_seconds = self._warm_up(eager)
-            self._calls, self._route, self._reason = self._choose(eager, eager_seconds, subject.launches)
-            self._issue_seconds, self._call_seconds = self._warm_up(self._calls)
+            # Kept while graphs are replayed, which read and write these calls' tensors without owning them.
+            self._eager = [subject.build(seed) for seed in range(rotation.copies)]
+            eager = self._take_pace(self._eager)
+            self._calls, self._route, self._reason = self._choose(eager)
+        self._host_seconds = eager.issue
+        # Entered anew: a refused capture leaves the device on another stream.
+        with device.working():
+            self._pace = self._take_pace(self._calls)
 
-    def _warm_up(self, calls: Sequence[Call]) -> tuple[float, float]:
-        """(host seconds to issue a call, seconds until it is done), medians over WARM_PASSES."""
+    @property
+    def idle(self) -> str | None:
+        if self._pace.issue <= self._pace.device:
+            return None
+        return (
+            f"repeated by route {self._route}, a call takes the host {_microseconds(self._pace.issue)} to "
+            f"issue and the device {_microseconds(self._pace.device)} to do: the device idles in between"
+        )
+
+    def _take_pace(self, calls: Sequence[Call]) -> Pace:
+        """Warm the calls up and take medians over WARM_PASSES."""
         issued, done = [], []
         for _ in range(WARM_PASSES):
             began = self._device.now()
             for call in calls:
                 call()
-            queued = self._device.now()
+            issued.append((self._device.now() - began) / len(calls))
             self._device.synchronize()
-            issued.append((queued - began) / len(calls))
             done.append((self._device.now() - began) / len(calls))
-        return median(issued), median(done)
+        queued = median(self._turn(calls, 0.0)[0] for _ in range(WARM_PASSES))
+        on_device = median(self._turn(calls, queued)[1] for _ in range(WARM_PASSES))
+        return Pace(median(issued), on_device, median(done), queued)
 
-    def _choose(self, eager: list[Call], seconds: float, launches: int) -> tuple[list[Call], str, str]:
-        """The calls to time: graphs of short ones, where capture is possible."""
-        described = f"{seconds * 1e6:.0f} µs a call of {launches} launches"
-        if not wants_graph(seconds, launches):
-            return eager, "eager", f"{described}: the device is the slower side"
+    def _choose(self, pace: Pace) -> tuple[list[Call], str, str]:
+        """The calls to time: graphs where the host is slow to issue them, if they can be captured."""
+        described = (
+            f"the host takes {_microseconds(pace.issue)} a call, the device {_microseconds(pace.device)}"
+        )
+        if not wants_graph(pace.issue, pace.device):
+            return self._eager, "eager", f"{described}: the host is well ahead"
         captured = []
-        for call in eager:
+        for call in self._eager:
             # Directly before the capture, so that the kernels find this copy's tables.
             call()
             self._device.synchronize()
             try:
                 captured.append(self._device.capture(call))
             except CaptureRefusedError as error:
-                return eager, "eager", f"{described}, but capture failed: {error}"
+                return self._eager, "eager", f"{described}, but capture failed: {error}"
         return captured, "graph", f"{described}: launches would be timed"
 
     def measure(self, rounds: int) -> Timing:
         """Raises ValueError for fewer than one round."""
         with self._device.working():
-            samples = [self._round() for _ in range(rounds)]
+            samples = [self._turn(self._calls, self._pace.queued)[1] for _ in range(rounds)]
         low, middle, high = spread(samples)
         return Timing(
             seconds=middle,
@@ -184,39 +216,49 @@ class CudaPrepared:
             high=high,
             rounds=rounds,
             copies=self._rotation.copies,
-            cold=True,
+            cache="turns" if self._rotation.cold else "sweep",
             route=self._route,
             reason=f"{self._reason}; {self._rotation.reason}",
             host_seconds=self._host_seconds,
         )
 
-    def _round(self) -> float:
-        """Mean seconds of a call over one turn through the copies."""
-        moments = [(self._device.moment(), self._device.moment()) for _ in self._calls]
-        self._queue_ahead()
-        for call, (start, end) in zip(self._calls, moments, strict=True):
+    def _turn(self, calls: Sequence[Call], queued: float) -> tuple[float, float]:
+        """(host seconds to issue a turn through the copies, mean device seconds of its calls).
+
+        ``queued`` is the former as it is known: the device is kept busy for longer before the first event, so
+        that none waits for the host.
+        """
+        moments = [(self._device.moment(), self._device.moment()) for _ in calls]
+        for _ in range(math.ceil(2 * queued / self._device.sweep_seconds())):
+            self._device.evict()
+        began = self._device.now()
+        for call, (start, end) in zip(calls, moments, strict=True):
             if not self._rotation.cold:
                 self._device.evict()
             start.record()
             call()
             end.record()
+        issued = self._device.now() - began
         self._device.synchronize()
-        return fmean(start.seconds_until(end) for start, end in moments)
-
-    def _queue_ahead(self) -> None:
-        """Keep the device busy until the turn is queued, so that no event waits for the host."""
-        seconds = 2 * self._issue_seconds * len(self._calls)
-        for _ in range(math.ceil(seconds / self._device.sweep_seconds())):
-            self._device.evict()
+        return issued, fmean(start.seconds_until(end) for start, end in moments)
 
     def sustain(self, seconds: float) -> tuple[int, float]:
-        calls = max(len(self._calls), math.ceil(seconds / self._call_seconds))
+        """In a few batches, each as long as the pace of those before says is missing."""
+        calls, passed, pace = 0, 0.0, self._pace.repeated
         with self._device.working():
             began = self._device.now()
-            for number in range(calls):
-                self._calls[number % len(self._calls)]()
-            self._device.synchronize()
-            return calls, self._device.now() - began
+            while not calls or passed < seconds:
+                batch = max(len(self._calls), math.ceil((seconds - passed) / pace))
+                for number in range(batch):
+                    self._calls[number % len(self._calls)]()
+                self._device.synchronize()
+                calls, passed = calls + batch, self._device.now() - began
+                pace = passed / calls
+        return calls, passed
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs"
 
 
 class WallClock:
@@ -231,6 +273,8 @@ class WallClock:
 
 class WallPrepared:
     """A call on the CPU, warm, repeated in each round until other work on the machine evens out."""
+
+    idle = None
 
     def __init__(self, call: Call, now: Callable[[], float]) -> None:
         self._call, self._now = call, now
@@ -248,7 +292,7 @@ class WallPrepared:
             samples.append((self._now() - began) / self._repeats)
         low, middle, high = spread(samples)
         reason = f"wall clock over {self._repeats} calls a round, caches as they are"
-        return Timing(middle, low, high, rounds, 1, False, "wall", reason, None)
+        return Timing(middle, low, high, rounds, 1, "as left", "wall", reason, None)
 
     def sustain(self, seconds: float) -> tuple[int, float]:
         began, calls = self._now(), 0

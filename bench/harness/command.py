@@ -32,7 +32,11 @@ Before = Annotated[Path, typer.Argument(metavar="A.json", help="The measurement 
 After = Annotated[Path, typer.Argument(metavar="B.json", help="The measurement to judge.")]
 Limit = Annotated[
     float | None,
-    typer.Option(min=0, help="Exit with 1 where B takes more than this many times A, beyond the noise."),
+    typer.Option(
+        min=0,
+        help="Exit with 1 where B takes more than this many times A, beyond the noise, or where rounds are "
+        "too few to tell.",
+    ),
 ]
 
 
@@ -52,6 +56,7 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     check_device(device)
+    check_output(output)
     from rich.console import Console
 
     from fastproj.bench.harness.gate import GateRefusedError
@@ -76,6 +81,7 @@ def compare(before: Before, after: After, *, fail_above: Limit = None) -> None:
     """Ratios of two measurements, row by row, told apart from the noise."""
     from rich.console import Console
 
+    from fastproj.bench.harness.compare import LEAST_ROUNDS
     from fastproj.bench.harness.compare import compare as compare_records
     from fastproj.bench.harness.record import read_record
     from fastproj.bench.harness.tables import show_comparison
@@ -85,10 +91,14 @@ def compare(before: Before, after: After, *, fail_above: Limit = None) -> None:
     except ValueError as error:
         fail(str(error))
     show_comparison(comparison, Console())
-    slower = comparison.slower_than(fail_above) if fail_above is not None else ()
+    if fail_above is None:
+        return
+    slower = comparison.slower_than(fail_above)
     for ratio in slower:
         say(f"{ratio.after.name}: {ratio.ratio:.3f} times as long, more than {fail_above}")
-    raise typer.Exit(1 if slower else 0)
+    for ratio in comparison.unjudged:
+        say(f"{ratio.after.name}: too few rounds to tell; measure with --rounds {LEAST_ROUNDS} or more")
+    raise typer.Exit(1 if slower or comparison.unjudged else 0)
 
 
 def check_device(device: str) -> None:
@@ -99,6 +109,17 @@ def check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(NO_GPU, param_hint="--device")
+
+
+def check_output(output: Path | None) -> None:
+    """Raises BadParameter for a file that could not be written when all has been measured."""
+    from fastproj.files import require_writable
+
+    try:
+        if output is not None:
+            require_writable(output)
+    except OSError as error:
+        raise typer.BadParameter(f"{output} cannot be written: {error}", param_hint="--output") from error
 
 
 def say(line: str) -> None:

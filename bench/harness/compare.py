@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from fastproj.bench.harness.record import Record, Row
 
 # What has to agree for a ratio to speak of the code alone.
-SAME = ("device", "capability", "driver", "power_limit_watts", "cuda", "torch", "triton", "python", "threads")
+SAME = (
+    *("device", "capability", "driver", "power_limit_watts"),
+    *("cuda", "rocm", "torch", "triton", "python", "threads"),
+)
+# And in how a row was timed.
+SAME_TIMING = ("route", "cache", "copies")
+# Quartiles of fewer rounds lie on top of each other, and any difference would stand out of them.
+LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of ``after`` over those of ``before``; "within noise" where the quartile ranges meet."""
+    """Seconds of ``after`` over those of ``before``, and a verdict.
+
+    "slower", "faster", "within noise" where the quartile ranges meet, or "too few rounds" to tell.
+    """
 
     before: Row
     after: Row
@@ -33,6 +43,11 @@ class Comparison:
         """The ratios above ``limit`` that are no noise."""
         return tuple(ratio for ratio in self.ratios if ratio.verdict == "slower" and ratio.ratio > limit)
 
+    @property
+    def unjudged(self) -> tuple[Ratio, ...]:
+        """The ratios of rows with too few rounds."""
+        return tuple(ratio for ratio in self.ratios if ratio.verdict == "too few rounds")
+
 
 def compare(before: Record, after: Record) -> Comparison:
     """Match rows by their keys. Raises ValueError where no row is in both."""
@@ -44,7 +59,7 @@ def compare(before: Record, after: Record) -> Comparison:
         tuple(ratio_of(first[key], second[key]) for key in common),
         tuple(row.name for key, row in first.items() if key not in second),
         tuple(row.name for key, row in second.items() if key not in first),
-        (*_differences(before, after), *_other_routes([(first[key], second[key]) for key in common])),
+        (*_differences(before, after), *_other_timings([(first[key], second[key]) for key in common])),
     )
 
 
@@ -53,7 +68,9 @@ def ratio_of(before: Row, after: Row) -> Ratio:
 
     These hold what a run saw of the machine; load that came between two runs is in neither.
     """
-    if after.low > before.high:
+    if min(before.rounds, after.rounds) < LEAST_ROUNDS:
+        verdict = "too few rounds"
+    elif after.low > before.high:
         verdict = "slower"
     elif after.high < before.low:
         verdict = "faster"
@@ -68,10 +85,11 @@ def _differences(before: Record, after: Record) -> list[str]:
     return [f"{name} differs: {one} and {other}" for name, one, other in pairs if one != other]
 
 
-def _other_routes(pairs: list[tuple[Row, Row]]) -> list[str]:
+def _other_timings(pairs: list[tuple[Row, Row]]) -> list[str]:
     """Rows that were not timed in the same way."""
     return [
-        f"{one.name}: timed by route {one.route} and by route {other.route}"
+        f"{one.name}: timed with {name} {getattr(one, name)} and with {name} {getattr(other, name)}"
         for one, other in pairs
-        if one.route != other.route
+        for name in SAME_TIMING
+        if getattr(one, name) != getattr(other, name)
     ]

@@ -49,7 +49,10 @@ class Device(Protocol):
         """Inside, work is queued on the stream that is timed."""
 
     def capture(self, call: Call) -> Call:
-        """The launches of ``call`` as one graph; raises CaptureRefusedError where that cannot be."""
+        """The launches of ``call`` as one graph, which uses its tensors and does not keep them alive.
+
+        Raises CaptureRefusedError where that cannot be; work goes on in a ``working`` that is entered after.
+        """
 
     def evict(self) -> None:
         """Queue a sweep that leaves nothing of earlier calls in the cache."""
@@ -121,6 +124,8 @@ class CudaDevice:
                 call()
         except RuntimeError as error:
             self.synchronize()
+            # The allocator may still give the failed graph's memory to whatever runs on the stream it was on.
+            self._stream = torch.cuda.Stream(self._index)
             raise CaptureRefusedError(str(error).partition("\n")[0]) from error
         return graph.replay
 

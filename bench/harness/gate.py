@@ -19,7 +19,8 @@ from fastproj.bindings import OPERATORS
 # The CPU's own paths; the interpreter that stands in for the GPU says nothing about them.
 CPU_SELECTION = ("-k", "not triton")
 OTHER_CPU_TESTS = ("test_edge_operator.py",)
-SHOWN_LINES = 30
+LONGEST_SECONDS = 30 * 60.0
+STDERR = 2  # the file descriptor
 
 
 class GateRefusedError(RuntimeError):
@@ -74,27 +75,35 @@ def test_command(device: str, root: Path, tests: Path | None) -> list[str]:
 def run_gate(device: str, tests: Path | None = None) -> GateResult:
     """Run the correctness suite in a process of its own.
 
-    ``device`` is "cuda" or "cpu"; ``tests`` a folder or file other than the checkout's own. Raises
-    GateRefusedError where tests cannot be found, none ran, or one failed.
+    ``device`` is "cuda" or "cpu"; ``tests`` a folder or file other than the checkout's own. What pytest says
+    goes to stderr as it comes. Raises GateRefusedError where tests cannot be found, none ran, one failed, or
+    they take longer than LONGEST_SECONDS.
     """
     if tests is not None and not tests.exists():
         raise GateRefusedError(f"--tests: {tests} does not exist")
     root = find_checkout() if tests is None else _folder_of(tests)
     command = test_command(device, root, tests.resolve() if tests else None)
     environment = dict(os.environ)
+    # Options from there could deselect what is to be proved.
+    environment.pop("PYTEST_ADDOPTS", None)
     if device == "cuda":
         # What the interpreter runs is not what will be timed.
         environment.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         began = time.perf_counter()
-        done = subprocess.run(
-            [*command, f"--junitxml={report}"],
-            cwd=root, env=environment, capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
+        try:
+            code = subprocess.run(
+                [*command, f"--junitxml={report}"],
+                cwd=root, env=environment, stdout=STDERR, timeout=LONGEST_SECONDS, check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise GateRefusedError(
+                f"{shlex.join(command[1:])}: not done after {LONGEST_SECONDS:g} s, and stopped"
+            ) from error
         seconds = time.perf_counter() - began
         counts = read_counts(report)
-    return _judge(done, counts, shlex.join(command[1:]), seconds)
+    return _judge(code, counts, shlex.join(command[1:]), seconds)
 
 
 def _folder_of(tests: Path) -> Path:
@@ -110,14 +119,11 @@ def read_counts(report: Path) -> dict[str, int]:
     return {name: sum(int(suite.get(name, 0)) for suite in suites) for name in names}
 
 
-def _judge(
-    done: subprocess.CompletedProcess[str], counts: dict[str, int], command: str, seconds: float
-) -> GateResult:
+def _judge(code: int, counts: dict[str, int], command: str, seconds: float) -> GateResult:
     passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    if done.returncode not in (0, 5) or counts["failures"] or counts["errors"]:
+    if code not in (0, 5) or counts["failures"] or counts["errors"]:
         broken = counts["failures"] + counts["errors"]
-        end = "\n".join((done.stdout + done.stderr).splitlines()[-SHOWN_LINES:])
-        raise GateRefusedError(f"{command}: {broken} tests failed (exit code {done.returncode})\n{end}")
+        raise GateRefusedError(f"{command}: {broken} tests failed (exit code {code}), see above")
     if passed < 1:
         raise GateRefusedError(f"{command}: no test ran ({counts['skipped']} skipped), so nothing is proved")
     return GateResult(command, passed, counts["skipped"], seconds, *commit_of(Path(fastproj.__file__).parent))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from fastproj.bench.harness.clock import Clock, DoesNotFitError, Subject
 from fastproj.bench.harness.device import Call
 from fastproj.bench.harness.record import Row
-from fastproj.bench.harness.suites import Case
+from fastproj.bench.harness.suites import Case, WrongResultError
 from fastproj.bench.harness.telemetry import Telemetry, energy_per_call
 from fastproj.bench.traffic.chips import Chip
 from fastproj.bench.traffic.models import roofline
@@ -25,7 +26,8 @@ class Setting:
     """Where and how all cases are timed.
 
     ``device`` is "cuda" or "cpu"; ``l2_bytes`` and ``chip`` are None where there is no such thing or it is
-    not known, and ``chip_reason`` then says why. ``sustained_seconds`` is how long telemetry watches a call.
+    not known, and ``chip_reason`` then says why. The chip has the same ``l2_bytes``. ``sustained_seconds`` is
+    how long a call is repeated under telemetry.
     """
 
     device: str
@@ -50,15 +52,23 @@ def copy_subject(size: int, device: str) -> Subject:
 
 
 def copy_bandwidth(setting: Setting, quick: bool) -> dict[str, Any]:
-    """Bytes a second of a large copy, read and written counted; buffers of several times the L2."""
+    """Bytes a second of a large copy, read and written counted; buffers of several times the L2.
+
+    The clocks are brought to where they stay first, as they are for the rows that are held against this.
+    """
     size = max(QUICK_COPY_BYTES if quick else COPY_BYTES, 4 * (setting.l2_bytes or 0))
-    timing = setting.clock.prepare(copy_subject(size, setting.device)).measure(setting.rounds)
+    prepared = setting.clock.prepare(copy_subject(size, setting.device))
+    prepared.sustain(setting.sustained_seconds)
+    timing = prepared.measure(setting.rounds)
     return {
         "bytes_per_second": 2 * size / timing.seconds,
         "bytes": size,
         "seconds": timing.seconds,
         "low": timing.low,
         "high": timing.high,
+        "route": timing.route,
+        "route_reason": timing.reason,
+        "cache": timing.cache,
     }
 
 
@@ -67,17 +77,20 @@ def measure(
 ) -> tuple[list[Row], dict[str, str]]:
     """A row for each case, its check first, and why others were left out; ``progress`` is told each name.
 
+    A case that memory does not hold, or that does not compile or launch, costs no other case its row.
     Raises WrongResultError for the first case that does not give what the reference gives.
     """
     rows, skipped = [], {}
     for case in cases:
         name = ", ".join(filter(None, (case.suite, case.workload, case.part)))
         progress(name)
-        case.check()
         try:
+            case.check()
             rows.append(measure_case(setting, case, copy_rate))
-        except DoesNotFitError as error:
-            skipped[name] = str(error)
+        except WrongResultError:
+            raise
+        except (DoesNotFitError, RuntimeError, TritonError) as error:
+            skipped[name] = str(error).strip().partition("\n")[0] or type(error).__name__
     return rows, skipped
 
 
@@ -87,7 +100,7 @@ def measure_case(setting: Setting, case: Case, copy_rate: float) -> Row:
     with setting.telemetry.window() as window:
         calls, seconds = prepared.sustain(setting.sustained_seconds)
     timing = prepared.measure(setting.rounds)
-    joules, energy_source = energy_per_call(window, calls, seconds)
+    joules, energy_source = energy_per_call(window, calls, seconds, prepared.idle)
     moved, missing = moved_bytes(setting, case)
     floor = roofline(case.traffic, setting.chip) if setting.chip else None
     if floor is None:
@@ -105,7 +118,7 @@ def measure_case(setting: Setting, case: Case, copy_rate: float) -> Row:
         high=timing.high,
         rounds=timing.rounds,
         copies=timing.copies,
-        cold=timing.cold,
+        cache=timing.cache,
         route=timing.route,
         route_reason=timing.reason,
         host_seconds=timing.host_seconds,
@@ -120,7 +133,7 @@ def measure_case(setting: Setting, case: Case, copy_rate: float) -> Row:
         of_floor=floor.floor_seconds / timing.seconds if floor else None,
         energy_joules=joules,
         energy_source=energy_source,
-        telemetry=window.to_json(),
+        telemetry=window.to_json(None if joules is None else joules * calls / seconds),
         missing=missing,
     )
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fastproj.files import write_atomically
+
 KIND = "fastproj bench"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
     """One timed call. Times in seconds, sizes in bytes, energy in joules.
 
     ``part`` names the layer of the workload, "" for all of it. ``seconds``, ``low`` and ``high`` are median
-    and quartiles over ``rounds`` rounds; ``route`` and ``cold`` say how it was timed (see ``clock.Timing``).
+    and quartiles over ``rounds`` rounds; ``route`` and ``cache`` say how it was timed (see ``clock.Timing``).
     ``bytes_moved`` is what the launches read from memory and write to it by the traffic model,
     ``bytes_least`` each input and output once. ``of_copy`` is bytes_moved / seconds over the measured copy
     bandwidth, ``of_floor`` the roofline floor over seconds. What is None has its reason in ``missing``.
@@ -36,7 +36,7 @@ class Row:
     high: float
     rounds: int
     copies: int
-    cold: bool
+    cache: str
     route: str
     route_reason: str
     host_seconds: float | None
@@ -86,22 +86,15 @@ def write_record(record: Record, path: Path) -> None:
     """Write the record as JSON; the file appears whole or not at all."""
     document = {"kind": KIND, "schema": SCHEMA, **asdict(record)}
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text)
 
 
 def read_record(path: Path) -> Record:
     """Read a record back.
 
     Raises ValueError that names the file and what is wrong with it: not JSON, not a record, another schema, a
-    field that is missing, unknown, of another type or not finite, two rows of one measurement.
+    field that is missing, unknown, of another type or not finite, times that are not positive or not in the
+    order of quartiles, two rows of one measurement.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -115,12 +108,22 @@ def read_record(path: Path) -> Record:
     rows = body.get("rows")
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    body["rows"] = tuple(_checked(Row, row, f"{path}: row {index}") for index, row in enumerate(rows))
+    body["rows"] = tuple(_checked_row(row, f"{path}: row {index}") for index, row in enumerate(rows))
     record = _checked(Record, body, str(path))
     keys = [row.key for row in record.rows]
     if len(set(keys)) < len(keys):
         raise ValueError(f"{path}: holds two rows of one suite, workload, part, device and dtype")
     return record
+
+
+def _checked_row(values: Any, where: str) -> Row:
+    """A row whose times can be divided by and compared."""
+    row: Row = _checked(Row, values, where)
+    if not 0 < row.low <= row.seconds <= row.high:
+        raise ValueError(
+            f"{where}: expected 0 < low <= seconds <= high, got {row.low}, {row.seconds} and {row.high}"
+        )
+    return row
 
 
 def _checked(kind: type[Any], values: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastproj.bench.harness.suites import SUITES, cases, select_workloads
 from fastproj.bench.harness.telemetry import Telemetry, open_telemetry
 from fastproj.bench.traffic.chips import chip_of
 
-# Long against the tenths of a second at which boards renew their energy counter.
+# Long against the tenths of a second at which boards renew their energy counter; quick runs go without.
 SUSTAINED_SECONDS, QUICK_SUSTAINED_SECONDS = 1.5, 0.1
 ROUNDS, QUICK_ROUNDS = 31, 7
 
@@ -57,7 +57,7 @@ def take(options: Options, command: str, progress: Callable[[str], None]) -> Rec
     suites = options.suites or SUITES
     workloads = select_workloads(options.workloads, options.device, options.quick)
     planned = list(cases(suites, workloads, options.device))
-    progress("correctness suite")
+    progress("correctness suite: minutes on a GPU, where every kernel is compiled first")
     gate = run_gate(options.device, options.tests)
     index = torch.cuda.current_device() if options.device == "cuda" else None
     with closing(open_telemetry(index)) as telemetry:
@@ -88,9 +88,11 @@ def setting_for(
 ) -> Setting:
     """The setting of all cases, from the options and the machine's description."""
     on_gpu = index is not None
-    chip = chip_of(machine["device"]) if on_gpu else None
+    chip = chip_of(machine["device"], machine["memory_bytes"]) if on_gpu else None
     # A cache in front of the memory that the driver does not count as L2 must be left cold too.
     l2_bytes = max(machine["l2_bytes"] or 0, chip.l2_bytes if chip else 0)
+    # Bytes moved and the floor are to speak of the same cache.
+    chip = replace(chip, l2_bytes=l2_bytes) if chip else None
     return Setting(
         device=options.device,
         clock=clock_of(index, l2_bytes),

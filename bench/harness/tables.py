@@ -9,7 +9,7 @@ from rich.table import Table
 from fastproj.bench.harness.compare import Comparison, Ratio
 from fastproj.bench.harness.record import Record, Row
 
-COLOURS = {"faster": "green", "slower": "red", "within noise": "dim"}
+COLOURS = {"faster": "green", "slower": "red", "within noise": "dim", "too few rounds": "yellow"}
 
 
 def show_record(record: Record, console: Console) -> None:

@@ -6,7 +6,6 @@ Every field may be missing on one board or another; a missing one is None, and t
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from statistics import fmean
 from typing import Any
 
 SAMPLE_SECONDS = 0.02
+# Boards renew their energy counter about every tenth of a second.
+SHORTEST_WINDOW = 1.0
 # Bits of NVML's clock event reasons, in the names of its constants without their prefix.
 REASONS = {
     "GpuIdle": 0x1,
@@ -38,18 +39,21 @@ class Snapshot:
 
 @dataclass
 class Window:
-    """Snapshots before, during and after some work, and the host seconds between the first and the last."""
+    """Snapshots before, during and after some work."""
 
     before: Snapshot
     during: list[Snapshot] = field(default_factory=list)
     after: Snapshot | None = None
-    seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Means over the samples taken during the work, the reasons met in any of them, and both ends."""
+    def to_json(self, power: float | None) -> dict[str, Any]:
+        """Means over the samples taken during the work, the reasons met in any of them, and both ends.
+
+        ``power`` is the work's mean in watts, by its energy: the board's own readings are averages over the
+        last second on most boards since Ampere, and so speak of what was before the work as well.
+        """
         return {
             "before": self.before.values,
-            "during": summary(self.during),
+            "during": {**summary(self.during), "power_watts": power},
             "after": self.after.values if self.after else None,
             "samples": len(self.during),
             "missing": self.before.missing,
@@ -137,7 +141,6 @@ class Telemetry:
                 window.during.append(self.snapshot())
 
         thread = threading.Thread(target=sample, daemon=True)
-        began = time.perf_counter()
         if self.absent is None:
             thread.start()
         try:
@@ -146,7 +149,7 @@ class Telemetry:
             over.set()
             if self.absent is None:
                 thread.join()
-            window.after, window.seconds = self.snapshot(), time.perf_counter() - began
+            window.after = self.snapshot()
 
     def close(self) -> None:
         """Let NVML go."""
@@ -199,29 +202,41 @@ def find_handle(nvml: Any, uuid: str | None, address: str | None) -> Any:
 
 
 def summary(samples: list[Snapshot]) -> dict[str, Any]:
-    """Mean of each number over the samples that have it and every throttle reason met, else None."""
+    """Mean of each number over the samples that have it and every throttle reason met, else None.
+
+    Not of energy, which is a counter, nor of power (see ``Window.to_json``).
+    """
     result: dict[str, Any] = {}
     for name in FIELDS:
         found = [sample.values[name] for sample in samples if sample.values[name] is not None]
         if name == "throttle_reasons":
             result[name] = sorted({reason for reasons in found for reason in reasons}) if found else None
-        elif name != "energy_joules":
+        elif name not in ("energy_joules", "power_watts"):
             result[name] = fmean(found) if found else None
     return result
 
 
-def energy_per_call(window: Window, calls: int, seconds: float) -> tuple[float | None, str]:
-    """(joules a call, how they were found): the energy counter's difference, else mean power × time.
+def energy_per_call(
+    window: Window, calls: int, seconds: float, idle: str | None = None
+) -> tuple[float | None, str]:
+    """(joules a call by the difference of the energy counter, "energy counter"), or (None, why).
 
-    None where neither is to be had. ``seconds`` is what the calls took.
+    ``seconds`` is what the calls took together, ``idle`` why the device waited between them, if it did: the
+    energy is then that of waiting. Raises ValueError for a window that is open and for no call.
     """
     before, after = window.before, window.after
     if after is None or calls < 1:
         raise ValueError("expected a closed window and at least one call")
     ends = before.values["energy_joules"], after.values["energy_joules"]
-    if None not in ends and ends[1] > ends[0]:
-        return (ends[1] - ends[0]) / calls, "energy counter"
-    power = summary(window.during)["power_watts"]
-    if power is not None:
-        return power * seconds / calls, "mean power × time"
-    return None, after.missing.get("power_watts", "no sample was taken in time")
+    if None in ends:
+        return None, {**before.missing, **after.missing}["energy_joules"]
+    if idle is not None:
+        return None, idle
+    if seconds < SHORTEST_WINDOW:
+        return (
+            None,
+            f"the energy counter needs calls for {SHORTEST_WINDOW:g} s, and these took {seconds:.2g} s",
+        )
+    if ends[1] <= ends[0]:
+        return None, "the energy counter stood still"
+    return (ends[1] - ends[0]) / calls, "energy counter"

@@ -66,13 +66,13 @@ def _launch(group: Group) -> _Launch:
 
 def _tables(kernel: str, work: Work, launch: _Launch, fields: int, lists: int) -> tuple[Stream, Stream]:
     """Reads of the block table and of the shards' addresses."""
-    fields, addresses, distinct = (
+    table, addresses, distinct = (
         fields * NUMBER,
         launch.programs * lists * NUMBER,
         work.shards * lists * NUMBER,
     )
     return (
-        Stream(kernel, "blocks", "load", fields, fields),
+        Stream(kernel, "blocks", "load", table, table),
         Stream(kernel, "addresses", "load", addresses, min(addresses, distinct), distinct),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from fastproj.demo.gradients import gradient_markdown
 from fastproj.demo.methods import Method, parse_method
 from fastproj.demo.tables import Table, tabulate, to_markdown
 from fastproj.demo.training import RunResult, TrainingConfig, run, run_key
+from fastproj.files import write_atomically
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 DEFAULT_METHODS = (
@@ -110,7 +110,10 @@ def run_study(
         if on_finished is not None:
             on_finished(result, finished, len(jobs))
     # The name is how this study calls the run; the file may have been made under another name.
-    results = [replace(RunResult.from_json(job.path(output).read_text()), method=job.name) for job in jobs]
+    results = [
+        replace(RunResult.from_json(job.path(output).read_text(encoding="utf-8")), method=job.name)
+        for job in jobs
+    ]
     write_table(output, tabulate(results))
     write_atomically(output / "gradients.md", gradient_markdown(results))
     return results
@@ -120,20 +123,6 @@ def write_table(output: Path, table: Table) -> None:
     """Write ``table.md`` and ``table.json``."""
     write_atomically(output / "table.md", to_markdown(table))
     write_atomically(output / "table.json", json.dumps(table, indent=2))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds all of it or is untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # a temporary file is its owner's alone
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _results(jobs: Sequence[Job], workers: int, runner: Runner) -> Iterator[tuple[Job, RunResult]]:

@@ -97,7 +97,7 @@ def traits(kernel: str, constants: dict[str, Any]) -> dict[str, Any] | None:
         dtypes = constants["DTYPES"]
         if len({*dtypes, constants.get("OUT", dtypes[0])}) > 1:
             return None
-        # A combination keeps nothing per set but a pointer: three are as good as more.
+        # Combinations of three sets and more are alike but for their registers: the most are among the cases.
         sets = min(len(dtypes), 3) if kernel == "_combine_kernel" else len(dtypes)
         chosen |= {"DTYPES": str(dtypes[0]), "sets": str(sets), "OUT": ""}
     if "narrow_stride" in constants or "wide_stride" in constants:
@@ -156,6 +156,22 @@ def test_many_sets_choose_what_is_compiled(num_sets: int, dtype: torch.dtype, ro
     first, count = ([0, 6, 9], 10) if rows else ([0, 0, 0], 1)
     with observed_accesses(lambda access: None, check):
         gram.gram(flat, num_sets, first, rows, count)
+
+
+@interpreted
+def test_combinations_take_no_more_sets_than_a_case() -> None:
+    most = max(len(case.constexprs["DTYPES"]) for case in cases("combine"))
+    assert most == combine.MOST_SETS
+    launched: list[int] = []
+    sets = random_sets(2 * most + 3, [(5,)])
+    out = [torch.empty(5)]
+    with observed_accesses(
+        lambda access: None, lambda launch: launched.append(len(launch.arguments["DTYPES"]))
+    ):
+        combine.combine([s for own in sets for s in own], torch.ones(1, len(sets)).double(), [0], False, out)
+    assert launched == [most, most, 5]
+    # Sums of 35 numbers of order one in fp32.
+    torch.testing.assert_close(out[0], sum(own[0] for own in sets), rtol=1e-5, atol=1e-5)
 
 
 @interpreted

@@ -61,7 +61,13 @@ def test_a_kernel_without_a_loop_that_was_seen_is_not_green() -> None:
 
 def test_products_need_tensor_cores_and_asynchronous_copies() -> None:
     assert rules(case(), replace(PRODUCT, tensor_core_instructions=0)) == ["tensor cores"]
-    assert rules(case(without_tensor_cores="fp32"), replace(PRODUCT, tensor_core_instructions=0)) == []
+    assert (
+        rules(case(without_tensor_cores={"sm_": "fp32"}), replace(PRODUCT, tensor_core_instructions=0)) == []
+    )
+    assert rules(
+        case(without_tensor_cores={"sm_120": "fp64"}), replace(PRODUCT, tensor_core_instructions=0)
+    ) == ["tensor cores"]
+    assert rules(case(multiplies=True), FINE) == ["tensor cores"]
     waiting = replace(PRODUCT, accesses=(WIDE,))
     (finding,) = findings(case(), "sm_80", waiting)
     assert finding.rule == "asynchronous copies"
@@ -110,6 +116,7 @@ def test_pipelined_loops_are_ahead_by_their_stages() -> None:
         ("gfx942", 128, 0, 128, 8),  # 4 SIMDs × 512 / 128 waves of 64
         ("gfx942", 64, 32768, 128, 2),
         ("gfx942", 512, 0, 256, 1),
+        ("gfx942", 136, 0, 128, 6),  # 512 / 136 are three waves of each SIMD, though 15 fit all four
     ],
 )
 def test_resident_programs_by_hand(
@@ -128,7 +135,7 @@ def test_busy_bytes_are_those_of_the_hungriest_chip() -> None:
 
 
 def test_declared_exceptions_come_with_their_reasons() -> None:
-    own = case(narrow_accesses={"walk": "too short"}, without_tensor_cores="fp32 is exact")
+    own = case(narrow_accesses={"walk": "too short"}, without_tensor_cores={"sm_": "fp32 is exact"})
     assert declared(own) == [
         ("kernel", "access width", "too short"),
         ("kernel", "tensor cores", "fp32 is exact"),

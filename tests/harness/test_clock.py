@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import count, cycle
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 
 from fastproj.bench.harness.clock import (
     MOST_COPIES,
-    SLOW_LAUNCH,
     CudaClock,
     Subject,
     WallClock,
@@ -52,7 +52,7 @@ def test_what_bounds_the_copies_is_named() -> None:
     assert "memory allow 3 copies of 11" in copies_for(10 * MIB, 10 * MIB, 50 * MIB, 60 * MIB).reason
 
 
-def test_no_graph_outlives_the_table_it_reads() -> None:
+def test_every_copy_finds_its_table_again() -> None:
     """Each copy has a table of addresses of its own, which the kernels drop when too many came after it."""
     assert _blocks._address_table.cache_parameters()["maxsize"] > MOST_COPIES
 
@@ -63,10 +63,16 @@ def test_sizes_must_be_positive(footprint: int, resident: int) -> None:
         copies_for(footprint, resident, MIB, MIB)
 
 
-def test_graphs_are_for_calls_that_launches_would_dominate() -> None:
-    assert wants_graph(SLOW_LAUNCH * 0.9, 1)
-    assert not wants_graph(SLOW_LAUNCH * 1.1, 1)
-    assert wants_graph(SLOW_LAUNCH * 1.1, 2)
+@pytest.mark.parametrize(
+    ("host", "floor", "graph"),
+    [
+        *((0.28e-3, 5e-6, True), (0.92e-3, 100e-6, True), (2.4e-3, 1978e-6, True)),
+        *((20e-6, 1e-3, False), (20e-6, 41e-6, False), (20e-6, 39e-6, True)),
+    ],
+)
+def test_graphs_are_for_calls_that_the_host_could_hold_back(host: float, floor: float, graph: bool) -> None:
+    """The first three are the workloads: what validation and launches cost, and the floors on an H100."""
+    assert wants_graph(host, floor) == graph
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -81,12 +87,57 @@ def test_a_short_call_is_replayed_from_cold_copies() -> None:
     device = FakeDevice()
     prepared = CudaClock(device).prepare(device.subject(8 * MIB, lambda: 20e-6, launches=2))
     timing = prepared.measure(5)
-    assert (timing.route, timing.copies, timing.cold) == ("graph", 13, True)
+    assert (timing.route, timing.copies, timing.cache) == ("graph", 13, "turns")
     assert device.captures == device.built == 13
     assert timing.seconds == pytest.approx(20e-6)
     assert timing.low == pytest.approx(timing.high)
     assert timing.host_seconds == pytest.approx(20e-6)
-    assert "launches would be timed" in timing.reason
+    assert "the host takes 20 µs a call, the device 20 µs: launches would be timed" in timing.reason
+    assert prepared.idle is None
+
+
+def test_a_graph_outlives_no_tensor_of_its_call() -> None:
+    """A graph keeps nothing alive, and the clock alone knows the call."""
+    device = FakeDevice()
+    prepared = CudaClock(device).prepare(device.subject(8 * MIB, lambda: 20e-6, launches=2))
+    assert prepared.measure(1).route == "graph"
+    gc.collect()
+    assert prepared.sustain(1e-3)[0] >= 13
+
+
+@pytest.mark.parametrize(("host", "seconds"), [(0.28e-3, 5e-6), (0.92e-3, 100e-6), (2.4e-3, 1978e-6)])
+def test_a_slow_host_is_out_of_the_way(host: float, seconds: float) -> None:
+    """Validation costs more than launches do, whatever their number, and the GPU works on between replays."""
+    device = FakeDevice(launch=host / 2)
+    prepared = CudaClock(device).prepare(device.subject(8 * MIB, lambda: seconds, launches=2))
+    timing = prepared.measure(3)
+    assert timing.route == "graph"
+    assert timing.seconds == pytest.approx(seconds)
+    assert timing.host_seconds == pytest.approx(host)
+    assert prepared.idle is None
+    calls, took = prepared.sustain(0.01)
+    assert took == pytest.approx(calls * seconds, rel=0.05)
+
+
+def test_the_device_idles_where_the_host_is_slower_and_no_graph_can_be() -> None:
+    device = FakeDevice(launch=200e-6, refusal="no")
+    prepared = CudaClock(device).prepare(device.subject(8 * MIB, lambda: 30e-6))
+    assert prepared.measure(1).route == "eager"
+    assert "route eager, a call takes the host 200 µs to issue and the device 30 µs" in str(prepared.idle)
+
+
+def test_the_device_idles_between_replays_that_are_shorter_than_their_launch() -> None:
+    device = FakeDevice()
+    prepared = CudaClock(device).prepare(device.subject(8 * MIB, lambda: 1e-6))
+    assert "route graph" in str(prepared.idle)
+
+
+def test_events_of_short_calls_do_not_let_the_device_wait() -> None:
+    """46 copies: what the host needs for events, more than for replays, is queued ahead of too."""
+    device = FakeDevice()
+    timing = CudaClock(device).prepare(device.subject(int(2.2 * MIB), lambda: 2e-6)).measure(3)
+    assert (timing.route, timing.copies) == ("graph", 46)
+    assert timing.seconds == pytest.approx(2e-6)
 
 
 def test_a_long_call_is_timed_as_it_is() -> None:
@@ -105,13 +156,16 @@ def test_the_cache_is_swept_where_copies_do_not_fill_it(free: int) -> None:
     assert timing.copies == min(MOST_COPIES, free // 2 // MIB)
     assert timing.seconds == pytest.approx(20e-6)
     assert device.sweeps >= 3 * timing.copies
+    assert timing.cache == "sweep"
     assert "sweep" in timing.reason
 
 
-def test_a_capture_that_fails_leaves_the_eager_route_and_its_reason() -> None:
-    device = FakeDevice(refusal="operation not permitted when stream is capturing")
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_capture_that_fails_leaves_the_eager_route_and_its_reason(first: int) -> None:
+    """The first or a later one; nothing runs on the stream it failed on."""
+    device = FakeDevice(refusal="operation not permitted when stream is capturing", refused_from=first)
     timing = CudaClock(device).prepare(device.subject(8 * MIB, lambda: 20e-6, launches=2)).measure(3)
-    assert timing.route == "eager"
+    assert (timing.route, device.captures) == ("eager", first)
     assert "not permitted" in timing.reason
     # The device had work until all was queued, so that it never waited for the host's 20 µs a call.
     assert timing.seconds == pytest.approx(20e-6)
@@ -145,6 +199,17 @@ def test_sustained_work_lasts_about_as_long_as_asked() -> None:
     assert seconds == pytest.approx(calls * 3e-3, rel=0.01)
 
 
+def test_sustained_work_is_no_shorter_than_asked_where_calls_become_faster() -> None:
+    """The energy counter needs the time."""
+    device = FakeDevice()
+    pace = 3e-3
+    prepared = CudaClock(device).prepare(device.subject(512 * MIB, lambda: pace))
+    pace = 1e-3
+    calls, seconds = prepared.sustain(0.3)
+    assert 0.3 <= seconds < 0.32
+    assert calls == pytest.approx(seconds / 1e-3, rel=0.01)  # launches of the first call of each batch
+
+
 def test_no_round_is_refused() -> None:
     device = FakeDevice()
     with pytest.raises(ValueError, match="at least one"):
@@ -163,7 +228,8 @@ def test_the_wall_clock_repeats_short_calls_within_a_round() -> None:
     prepared = WallClock(lambda: time).prepare(Subject(lambda seed: call, 1, 1, 1))
     before = calls
     timing = prepared.measure(4)
-    assert (timing.route, timing.copies, timing.host_seconds) == ("wall", 1, None)
+    assert (timing.route, timing.copies, timing.cache, timing.host_seconds) == ("wall", 1, "as left", None)
+    assert prepared.idle is None
     assert timing.seconds == pytest.approx(1e-3)
     assert calls - before == 4 * 20
     assert prepared.sustain(0.01) == (pytest.approx(10, abs=1), pytest.approx(0.01, abs=1.1e-3))

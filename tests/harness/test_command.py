@@ -13,7 +13,7 @@ from fastproj.bench.harness.command import app
 from fastproj.bench.harness.record import read_record
 from fastproj.bench.harness.suites import SUITES
 
-QUICK = ["--device", "cpu", "--quick", "--rounds", "3"]
+QUICK = ["--device", "cpu", "--quick", "--rounds", "5"]
 
 
 @pytest.fixture
@@ -32,9 +32,11 @@ def test_a_quick_run_on_the_cpu(green: list[str], tmp_path: Path) -> None:
     assert record.gate["passed"] == 1
     assert record.options["tests"] == green[1]
     assert record.machine["torch"] == torch.__version__
+    assert (record.copy["route"], record.copy["cache"]) == ("wall", "as left")
+    assert "correctness suite: minutes on a GPU" in result.stderr
     assert record.machine["missing"]["driver"] == "the CPU has no NVML"
     for row in record.rows:
-        assert (row.device, row.route, row.rounds) == ("cpu", "wall", 3)
+        assert (row.device, row.route, row.rounds) == ("cpu", "wall", 5)
         assert 0 < row.low <= row.seconds <= row.high
         assert row.gigabytes_per_second == pytest.approx(row.bytes_moved / row.seconds / 1e9)
         rate = record.copy["bytes_per_second"]
@@ -78,6 +80,18 @@ def test_unknown_names_are_told_before_anything_runs(
     assert result.exit_code == 1
     assert "expected" in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["file/record.json", "."])
+def test_a_record_that_cannot_be_written_is_told_before_anything_runs(
+    name: str, green: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a file, and in the place of a folder."""
+    monkeypatch.setattr(session, "run_gate", None)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = CliRunner().invoke(app, [*QUICK, *green, "--output", str(tmp_path / name)])
+    assert result.exit_code == 2, result.output
+    assert "--output" in result.stderr
 
 
 def test_without_a_gpu_the_way_to_the_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,9 @@ from fastproj.bench.harness.tables import show_comparison
         (row(1.2e-3, spread=0.3), "within noise"),
         (row(0.8e-3, spread=0.3), "within noise"),
         (row(1e-3, spread=0.0), "within noise"),
+        (row(2e-3, rounds=4), "too few rounds"),
+        (row(0.5e-3, rounds=1), "too few rounds"),
+        (row(1.05e-3, rounds=5), "slower"),
     ],
 )
 def test_a_verdict_needs_quartiles_that_lie_apart(after: Row, verdict: str) -> None:
@@ -48,13 +51,21 @@ def test_nothing_in_common_is_an_error() -> None:
 
 
 def test_other_machines_and_other_routes_are_warned_about() -> None:
-    other = record(row(route="eager"), device="NVIDIA A100-SXM4-80GB", torch="2.12.0")
+    other = record(
+        row(route="eager", cache="sweep", copies=48),
+        device="NVIDIA A100-SXM4-80GB",
+        torch="2.12.0",
+        rocm="7.1",
+    )
     console = Console(record=True, width=200)
     show_comparison(compare(record(row()), other), console)
     shown = console.export_text()
     assert "device differs: NVIDIA H100 80GB HBM3 and NVIDIA A100-SXM4-80GB" in shown
     assert "torch differs: 2.13.0 and 2.12.0" in shown
-    assert "edge, small, cuda, fp32: timed by route graph and by route eager" in shown
+    assert "rocm differs: None and 7.1" in shown
+    assert "edge, small, cuda, fp32: timed with route graph and with route eager" in shown
+    assert "edge, small, cuda, fp32: timed with cache turns and with cache sweep" in shown
+    assert "edge, small, cuda, fp32: timed with copies 3 and with copies 48" in shown
     assert "driver differs" not in shown
 
 
@@ -83,3 +94,17 @@ def test_a_file_that_is_no_record_ends_it(files: tuple[str, str], tmp_path: Path
     result = CliRunner().invoke(app, ["compare", files[0], str(tmp_path / "absent.json")])
     assert result.exit_code == 1
     assert "absent.json" in result.stderr
+
+
+def test_too_few_rounds_pass_no_limit(tmp_path: Path) -> None:
+    """0.01 % of one round against another is no verdict, neither for nor against."""
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    write_record(record(row(spread=0.0, rounds=1)), before)
+    write_record(record(row(1.0001e-3, spread=0.0, rounds=1)), after)
+    result = CliRunner().invoke(app, ["compare", str(before), str(after)])
+    assert result.exit_code == 0
+    assert "too few rounds" in result.stdout
+    assert "slower" not in result.output
+    limited = CliRunner().invoke(app, ["compare", str(before), str(after), "--fail-above", "1.05"])
+    assert limited.exit_code == 1
+    assert "too few rounds to tell; measure with --rounds 5 or more" in limited.stderr

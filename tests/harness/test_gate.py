@@ -31,18 +31,38 @@ def test_a_green_run_tells_what_ran(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "message", "streamed"),
     [
-        ("def test_a(): pass\ndef test_b(): assert 1 == 2\n", "1 tests failed(.|\n)*assert 1 == 2"),
-        ("import no_such_module\n", "1 tests failed(.|\n)*no_such_module"),
-        ("def helper(): pass\n", "no test ran"),
-        ("import pytest\ndef test_a(): pytest.skip('no GPU')\n", r"no test ran \(1 skipped\)"),
-        ("import os\ndef test_a(): os._exit(3)\n", "exit code 3"),
+        ("def test_a(): pass\ndef test_b(): assert 1 == 2\n", "1 tests failed", "assert 1 == 2"),
+        ("import no_such_module\n", "1 tests failed", "no_such_module"),
+        ("def helper(): pass\n", "no test ran", "no tests ran"),
+        ("import pytest\ndef test_a(): pytest.skip('no GPU')\n", r"no test ran \(1 skipped\)", "1 skipped"),
+        ("import os\ndef test_a(): os._exit(3)\n", "exit code 3", ""),
     ],
 )
-def test_anything_else_refuses(tmp_path: Path, text: str, message: str) -> None:
+def test_anything_else_refuses(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, message: str, streamed: str
+) -> None:
+    """And what pytest says is seen as it says it, on stderr."""
     with pytest.raises(GateRefusedError, match=message):
         run_gate("cpu", folder(tmp_path, text))
+    said = capfd.readouterr()
+    assert streamed in said.err
+    assert said.out == ""
+
+
+def test_tests_that_take_too_long_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "LONGEST_SECONDS", 0.5)
+    with pytest.raises(GateRefusedError, match=r"not done after 0\.5 s"):
+        run_gate("cpu", folder(tmp_path, "import time\ndef test_a(): time.sleep(60)\n"))
+
+
+def test_options_from_the_environment_do_not_choose_what_is_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k test_a")
+    with pytest.raises(GateRefusedError, match="1 tests failed"):
+        run_gate("cpu", folder(tmp_path, "def test_a(): pass\ndef test_b(): assert 1 == 2\n"))
 
 
 def test_a_gpu_run_counts_the_tests_marked_gpu_alone(tmp_path: Path) -> None:

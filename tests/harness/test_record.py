@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def test_a_record_comes_back_as_it_went(tmp_path: Path) -> None:
     write_record(written, path)
     assert read_record(path) == written
     assert os.listdir(path.parent) == ["record.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # others may read it
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +76,12 @@ def changed(tmp_path: Path, change: dict[str, Any], where: str = "record") -> Pa
         ({"seconds": True}, "row", "row 0: seconds must be"),
         ({"rounds": 1.5}, "row", "row 0: rounds must be"),
         ({"floor_seconds": "low"}, "row", "row 0: floor_seconds must be"),
-        ({"cold": 1}, "row", "row 0: cold must be"),
+        ({"cache": 1}, "row", "row 0: cache must be"),
+        ({"seconds": 0}, "row", "row 0: expected 0 < low <= seconds <= high"),
+        ({"seconds": 0, "low": 0, "high": 0}, "row", "expected 0 < low <= seconds <= high, got 0, 0 and 0"),
+        ({"low": 2}, "row", "row 0: expected 0 < low <= seconds <= high"),
+        ({"high": 1e-9}, "row", "row 0: expected 0 < low <= seconds <= high"),
+        ({"low": -1.0}, "row", "row 0: expected 0 < low <= seconds <= high"),
     ],
 )
 def test_a_file_that_is_no_record_is_named_with_what_is_wrong(
@@ -86,7 +93,7 @@ def test_a_file_that_is_no_record_is_named_with_what_is_wrong(
 
 
 def test_whole_numbers_serve_as_seconds(tmp_path: Path) -> None:
-    assert read_record(changed(tmp_path, {"seconds": 1}, "row")).rows[0].seconds == 1
+    assert read_record(changed(tmp_path, {"seconds": 1, "high": 2}, "row")).rows[0].seconds == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from fake_gpu import MIB, FakeDevice, FakeNvml
 from rich.console import Console
+from triton.runtime.errors import OutOfResources
 
 from fastproj.bench.harness import session
 from fastproj.bench.harness.clock import CudaClock
@@ -26,6 +28,7 @@ from fastproj.bench.traffic.models import Traffic
 from fastproj.bench.traffic.moves import Moves, Stream
 
 COPY = 500e-6
+START = "correctness suite: minutes on a GPU, where every kernel is compiled first"
 GREEN = GateResult("-m pytest -m gpu", 12, 1, 3.0, "c" * 40, False)
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -47,6 +50,7 @@ class Machine:
         self.events: list[str] = []
         self.cases: list[Case] = []
         self.gate: Exception | None = None
+        self.copy_seconds: Callable[[], float] = lambda: COPY
 
     def run_gate(self, device: str, tests: Path | None) -> GateResult:
         self.events.append(f"gate on {device}")
@@ -55,9 +59,18 @@ class Machine:
         return GREEN
 
     def add(
-        self, suite: str, size: int, seconds: float, launches: int = 1, wrong: bool = False, again: int = 0
+        self,
+        suite: str,
+        size: int,
+        seconds: float | Callable[[], float],
+        launches: int = 1,
+        error: Exception | None = None,
+        again: int = 0,
     ) -> None:
-        """A case that reads ``size`` bytes, and ``again`` of them twice where the L2 does not hold them."""
+        """A case that reads ``size`` bytes, and ``again`` of them twice where the L2 does not hold them.
+
+        ``error`` is what its check raises.
+        """
         streams = (
             Stream("kernel", "in", "load", size, size),
             Stream("kernel", "in", "load", again, again, resident=again, warm=True),
@@ -66,10 +79,11 @@ class Machine:
 
         def check() -> None:
             self.events.append(f"check {suite}")
-            if wrong:
-                raise WrongResultError(f"{suite}: result 0 is off")
+            if error:
+                raise error
 
-        subject = self.device.subject(size, lambda: seconds, launches=launches)
+        took = seconds if callable(seconds) else lambda: seconds
+        subject = self.device.subject(size, took, launches=launches)
         self.cases.append(Case(suite, "w", "", "fp32", traffic, subject, check))
 
     def take(self, **options: object) -> Record:
@@ -85,7 +99,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(session, "run_gate", fake.run_gate)
     monkeypatch.setattr(session, "cases", lambda suites, workloads, device: fake.cases)
     monkeypatch.setattr(session, "CudaDevice", lambda index, l2_bytes: fake.device)
-    copy = fake.device.subject(2 * 2**28, lambda: COPY)
+    copy = fake.device.subject(2 * 2**28, lambda: fake.copy_seconds())  # noqa: PLW0108 - it is replaced later
     monkeypatch.setattr("fastproj.bench.harness.measure.copy_subject", lambda size, device: copy)
     yield fake
     assert fake.nvml.open == 0
@@ -95,12 +109,13 @@ def test_a_row_holds_time_bandwidth_floor_and_energy(machine: Machine, tmp_path:
     chip, size = CHIPS["H100"], 2**29
     machine.add("gram", size, 400e-6, launches=2)
     record = machine.take()
-    assert machine.events == ["correctness suite", "gate on cuda", "copy bandwidth", "gram, w", "check gram"]
+    assert machine.events == [START, "gate on cuda", "copy bandwidth", "gram, w", "check gram"]
     (row,) = record.rows
     rate = 2 * 2**28 / COPY
     assert record.copy["bytes_per_second"] == pytest.approx(rate)
+    assert (record.copy["route"], record.copy["cache"]) == ("eager", "turns")
     assert row.seconds == pytest.approx(400e-6)
-    assert (row.route, row.copies, row.cold, row.launches) == ("eager", 1, True, 2)
+    assert (row.route, row.copies, row.cache, row.launches) == ("eager", 1, "turns", 2)
     assert row.gigabytes_per_second == pytest.approx(size / 400e-6 / 1e9)
     assert row.of_copy == pytest.approx(size / 400e-6 / rate)
     floor = size / chip.memory_bytes_per_second
@@ -108,6 +123,8 @@ def test_a_row_holds_time_bandwidth_floor_and_energy(machine: Machine, tmp_path:
     assert row.of_floor == pytest.approx(floor / 400e-6)
     assert row.energy_source == "energy counter"
     assert row.energy_joules is not None
+    # The calls follow each other without a gap, so that energy is power × time of one.
+    assert row.telemetry["during"]["power_watts"] == pytest.approx(row.energy_joules / row.seconds, rel=0.01)
     assert row.telemetry["before"]["temperature_celsius"] == 61
     assert row.missing == {}
     assert record.machine["capability"] == "sm_90"
@@ -148,12 +165,12 @@ def test_no_case_is_touched_after_a_red_suite(machine: Machine) -> None:
     machine.gate = GateRefusedError("2 tests failed")
     with pytest.raises(GateRefusedError, match="2 tests failed"):
         machine.take()
-    assert machine.events == ["correctness suite", "gate on cuda"]
+    assert machine.events == [START, "gate on cuda"]
     assert machine.device.built == 0
 
 
 def test_a_wrong_result_ends_the_measurement_before_its_time_is_taken(machine: Machine) -> None:
-    machine.add("gram", 2**29, 400e-6, wrong=True)
+    machine.add("gram", 2**29, 400e-6, error=WrongResultError("gram: result 0 is off"))
     with pytest.raises(WrongResultError, match="gram: result 0 is off"):
         machine.take()
     assert machine.device.built == 1  # the copy's buffers
@@ -187,10 +204,79 @@ def test_the_clock_leaves_the_whole_last_cache_cold(monkeypatch: pytest.MonkeyPa
     """MI300X: what its driver calls L2 is a die's own; the cache before the memory is larger."""
     asked: list[int] = []
     monkeypatch.setattr(session, "CudaDevice", lambda index, l2_bytes: asked.append(l2_bytes))
-    machine = {"device": "AMD Instinct MI300X", "l2_bytes": 4 * MIB}
+    machine = {"device": "AMD Instinct MI300X", "l2_bytes": 4 * MIB, "memory_bytes": 192 * 2**30}
     setting = session.setting_for(Options("cuda"), machine, 0, None)  # type: ignore[arg-type]
     assert asked == [setting.l2_bytes] == [CHIPS["MI300X"].l2_bytes]
+    assert setting.chip == CHIPS["MI300X"]
     assert isinstance(setting.clock, CudaClock)
+    larger = session.setting_for(Options("cuda"), {**machine, "l2_bytes": 512 * MIB}, 0, None)  # type: ignore[arg-type]
+    assert asked[1] == larger.l2_bytes == 512 * MIB
+    assert larger.chip == replace(CHIPS["MI300X"], l2_bytes=512 * MIB)
+
+
+def test_a_chip_with_other_memory_is_not_held_to_the_table(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PROPERTIES, "total_memory", 64 * 2**30)
+    machine.add("gram", 2**29, 400e-6)
+    assert set(machine.take().rows[0].missing) == {"floor_seconds"}
+
+
+def test_bytes_and_floor_speak_of_one_cache(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver's L2 of 60 MiB keeps is read once, though the table's of 50 would not keep it."""
+    monkeypatch.setattr(PROPERTIES, "L2_cache_size", 60 * MIB)
+    machine.add("gram", 2**29, 400e-6, again=55 * MIB)
+    (row,) = machine.take().rows
+    assert row.bytes_moved == 2**29
+    assert row.floor_seconds == pytest.approx(row.bytes_moved / CHIPS["H100"].memory_bytes_per_second)
+
+
+def test_the_copy_is_measured_on_warm_clocks(machine: Machine) -> None:
+    """A copy takes twice its time until the device has worked for a while."""
+    started = machine.device
+    machine.copy_seconds = lambda: COPY if started.ready > 1.0 else 2 * COPY
+    machine.add("gram", 2**29, 400e-6)
+    assert machine.take().copy["seconds"] == pytest.approx(COPY)
+
+
+def test_an_idle_device_gives_no_energy(machine: Machine) -> None:
+    machine.device.launch, machine.device.refusal = 1e-3, "not now"
+    machine.add("gram", 2**29, 400e-6)
+    (row,) = machine.take().rows
+    assert row.energy_joules is row.telemetry["during"]["power_watts"] is None
+    assert "the device idles" in row.missing["energy_joules"]
+    assert row.seconds == pytest.approx(400e-6)
+
+
+def test_a_quick_run_is_too_short_for_the_energy_counter(machine: Machine) -> None:
+    machine.add("gram", 2**29, 400e-6)
+    (row,) = machine.take(quick=True).rows
+    assert row.energy_joules is row.telemetry["during"]["power_watts"] is None
+    assert "needs calls for 1 s" in row.missing["energy_joules"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+        OutOfResources(300_000, 232_448, "shared memory"),
+    ],
+)
+@pytest.mark.parametrize("when", ["checked", "timed"])
+def test_a_call_that_fails_costs_no_other_its_row(machine: Machine, error: Exception, when: str) -> None:
+    def fail() -> float:
+        raise error
+
+    machine.add("gram", 2**29, 400e-6)
+    if when == "checked":
+        machine.add("edge", 2**29, 400e-6, error=error)
+    else:
+        machine.add("edge", 2**29, fail)
+    machine.add("combine", 2**29, 400e-6)
+    record = machine.take()
+    assert [row.suite for row in record.rows] == ["gram", "combine"]
+    assert record.skipped == {"edge, w": str(error).split("\n", maxsplit=1)[0]}
 
 
 def test_the_copy_copies() -> None:

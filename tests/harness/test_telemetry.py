@@ -130,9 +130,12 @@ def test_a_window_samples_while_the_work_lasts(board: FakeNvml) -> None:
         while len(window.during) < 3 and time.monotonic() < deadline:
             time.sleep(1e-3)
     assert len(window.during) >= 3
-    described = window.to_json()
+    described = window.to_json(power=321.0)
     assert described["samples"] == len(window.during)
-    assert described["during"]["power_watts"] == 450
+    assert described["during"]["sm_clock_mhz"] == 1980
+    # The board's readings, 450 W, are averages that reach back before the work.
+    assert described["during"]["power_watts"] == 321
+    assert "power_watts" not in telemetry.summary(window.during)
     assert described["during"]["throttle_reasons"] == ["HwThermalSlowdown", "SwPowerCap"]
     assert described["after"]["energy_joules"] > described["before"]["energy_joules"]
     seen = len(window.during)
@@ -147,34 +150,40 @@ def test_work_that_fails_ends_the_sampling_and_is_not_hidden(board: FakeNvml) ->
     assert window.after is not None
 
 
-def window_of(before: float | None, after: float | None, powers: tuple[float | None, ...]) -> Window:
-    """A closed window with these energies and samples of power."""
+def window_of(before: float | None, after: float | None) -> Window:
+    """A closed window with these energies, and samples of a power that must not be used."""
 
-    def snapshot(**values: float | None) -> Snapshot:
-        return Snapshot({**dict.fromkeys(FIELDS), **values}, {"power_watts": "Not Supported"})
+    def snapshot(energy: float | None) -> Snapshot:
+        missing = {} if energy is not None else {"energy_joules": "Not Supported"}
+        return Snapshot({**dict.fromkeys(FIELDS), "power_watts": 300.0, "energy_joules": energy}, missing)
 
-    during = [snapshot(power_watts=power) for power in powers]
-    return Window(snapshot(energy_joules=before), during, snapshot(energy_joules=after))
+    return Window(snapshot(before), [snapshot(before)], snapshot(after))
 
 
 @pytest.mark.parametrize(
-    ("window", "want"),
+    ("window", "seconds", "want"),
     [
-        (window_of(100.0, 160.0, (300.0,)), (0.6, "energy counter")),
-        (window_of(100.0, 100.0, (300.0, 500.0)), (8.0, "mean power × time")),  # a counter that stood still
-        (window_of(None, None, (400.0, None)), (8.0, "mean power × time")),
-        (window_of(None, None, (None,)), (None, "Not Supported")),
+        (window_of(100.0, 160.0), 2.0, "energy counter"),
+        (window_of(100.0, 160.0), 1.0, "energy counter"),
+        (window_of(100.0, 160.0), 0.1, "the energy counter needs calls for 1 s, and these took 0.1 s"),
+        (window_of(100.0, 100.0), 2.0, "the energy counter stood still"),
+        (window_of(None, None), 2.0, "Not Supported"),
+        (window_of(100.0, None), 2.0, "Not Supported"),
     ],
 )
-def test_energy_of_a_call(window: Window, want: tuple[float | None, str]) -> None:
-    assert telemetry.energy_per_call(window, calls=100, seconds=2.0) == (
-        want[0] if want[0] is None else pytest.approx(want[0]),
-        want[1],
-    )
+def test_energy_of_a_call(window: Window, seconds: float, want: str) -> None:
+    """By the counter over a second at least, or not at all."""
+    joules = pytest.approx(0.6) if want == "energy counter" else None
+    assert telemetry.energy_per_call(window, calls=100, seconds=seconds) == (joules, want)
+
+
+def test_an_idle_device_has_no_energy_of_a_call() -> None:
+    window = window_of(100.0, 160.0)
+    assert telemetry.energy_per_call(window, 100, 2.0, "it waits") == (None, "it waits")
 
 
 def test_energy_needs_a_closed_window_and_calls() -> None:
     with pytest.raises(ValueError, match="closed window"):
         telemetry.energy_per_call(Window(Telemetry(absent="no").snapshot()), 1, 1.0)
     with pytest.raises(ValueError, match="one call"):
-        telemetry.energy_per_call(window_of(1.0, 2.0, ()), 0, 1.0)
+        telemetry.energy_per_call(window_of(1.0, 2.0), 0, 1.0)

@@ -49,7 +49,7 @@ def plan_of(shapes: Sequence[tuple[int, int]], rows: bool) -> _blocks.Plan:
     n = len(shapes)
     signature = ((torch.float32,),) * n
     return _blocks._plan.__wrapped__(
-        tuple(shapes), tuple(first), rows, count, signature, (True,) * n, torch.device("cpu"), 0
+        tuple(shapes), tuple(first), rows, count, signature, (True,) * n, torch.device("cpu")
     )
 
 

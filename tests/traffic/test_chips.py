@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from fastproj.bench.traffic.chips import CHIPS, MIB, chip_of, find_chip
+from fastproj.bench.traffic.chips import CHIPS, GIB, MIB, chip_of, find_chip
 
 NAMES = ("A100", "H100", "H200", "B200", "RTX 4090", "RTX 5090", "MI300X")
+# The GiB are of the order that drivers report, somewhat less than the name says.
 DEVICES = {
-    "NVIDIA A100-SXM4-80GB": "A100",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-    "NVIDIA B200": "B200",
-    "NVIDIA GeForce RTX 4090": "RTX 4090",
-    "NVIDIA GeForce RTX 5090": "RTX 5090",
-    "AMD Instinct MI300X": "MI300X",
-    "AMD Instinct MI300X OAM": "MI300X",
+    "NVIDIA A100-SXM4-80GB": ("A100", 79.2),
+    "NVIDIA H100 80GB HBM3": ("H100", 79.1),
+    "NVIDIA H200": ("H200", 139.8),
+    "NVIDIA B200": ("B200", 178.4),
+    "NVIDIA GeForce RTX 4090": ("RTX 4090", 23.5),
+    "NVIDIA GeForce RTX 5090": ("RTX 5090", 31.4),
+    "AMD Instinct MI300X": ("MI300X", 191.5),
+    "AMD Instinct MI300X OAM": ("MI300X", 192.0),
 }
 
 
@@ -50,9 +51,17 @@ def test_the_generations_of_one_maker_are_ordered():
     assert CHIPS["RTX 5090"].memory_bytes_per_second > CHIPS["RTX 4090"].memory_bytes_per_second
 
 
-@pytest.mark.parametrize(("device", "name"), DEVICES.items())
-def test_a_device_is_its_chip(device: str, name: str):
-    assert chip_of(device) is CHIPS[name]
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_is_its_chip(device: str):
+    name, memory = DEVICES[device]
+    assert chip_of(device) is chip_of(device, int(memory * GIB)) is CHIPS[name]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.2])
+def test_a_device_with_other_memory_is_none_of_them(device: str, share: float):
+    """A part of a partitioned device, H100 of 64 and of 96 GB, A100 of 40 and of 64 GB."""
+    assert chip_of(device, int(share * DEVICES[device][1] * GIB)) is None
 
 
 @pytest.mark.parametrize(
@@ -60,6 +69,7 @@ def test_a_device_is_its_chip(device: str, name: str):
     [
         *("NVIDIA A10", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA GB200", ""),
         *("NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "AMD Instinct MI300A"),
+        *("NVIDIA H100 80GB HBM2e", "NVIDIA H100 64GB HBM2", "NVIDIA H100 96GB HBM3", "NVIDIA A100-SXM-64GB"),
     ],
 )
 def test_a_device_with_other_figures_is_none_of_them(device: str):

@@ -11,7 +11,7 @@ from fastproj.bench.traffic.span import edge, gram, gram_and_combine, most_block
 from fastproj.bench.traffic.workloads import WORKLOADS, Workload
 from fastproj.kernels.gram import MOST_SETS
 
-SLOW = Chip("slow", "sm_0", 100.0, {"bf16": 10.0, "fp32": 1.0}, l2_bytes=1000, processors=1, source="made up")
+SLOW = Chip("slow", "sm_0", 100.0, {"bf16": 10.0, "fp32": 1.0}, 1000, 1, memory_bytes=1, source="made up")
 NAMED = list(WORKLOADS.values())
 TABLE_ENTRY = 8  # bytes
 
