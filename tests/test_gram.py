@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from devices import on_gpu
@@ -274,3 +276,28 @@ def test_one_launch_group_for_shards_of_one_kind() -> None:
     assert groups(shards, rows=True) == 1
     assert groups([*shards, torch.ones(8, dtype=torch.bfloat16)]) == 2
     assert groups([*shards, torch.ones(9)[1:]]) == 2
+
+
+def test_tables_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would copy them again from memory that is long gone."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a first call with the same tensors before"):
+        _blocks._upload(torch.zeros(3, dtype=torch.int64), torch.device("cuda", 0))
+
+
+def test_tables_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They outlive the caches; those of other launches are marked as read by the current stream."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_blocks, "_CAPTURED", kept := [])
+    work = _blocks.prepare([[torch.ones(5)]], [0], False, 1)
+    assert kept == []
+    _blocks._keep(work)
+    assert kept == [work]
+    streams: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "here")
+    monkeypatch.setattr(Tensor, "record_stream", lambda table, stream: streams.append(stream))
+    _blocks._keep(work)
+    assert kept == [work]
+    assert streams == ["here"] * 3
