@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from fastproj.bench.audit.audit import Audit, code_rows, traffic_problems, traffic_row
-from fastproj.bench.audit.compilation import Job, case_of, compile_case, jobs
+from fastproj.bench.audit.audit import Audit, _probe_problems, code_rows, traffic_problems, traffic_row
+from fastproj.bench.audit.compilation import Job, _environment, case_of, compile_case, jobs
 from fastproj.bench.audit.machine_code import Access, Reading
 from fastproj.bench.traffic.chips import CHIPS
 from fastproj.bench.traffic.models import OPERATORS
@@ -145,3 +146,30 @@ def test_problems_make_an_audit_red() -> None:
     assert Audit((), (), (), (), ()).green
     assert not Audit((), (), (), (), ("edge: an extra pass",)).green
     assert json.loads(Audit((), (), (), (), ("edge: an extra pass",)).to_json())["green"] is False
+
+
+def test_probes_of_all_that_share_a_kernel_are_heard() -> None:
+    results = [
+        {"operator": name, "problem": f"{name} reads twice"}
+        for name in ("gram", "combine", "gram + combine", "edge", "weighted_grad")
+    ] + [{"operator": "gram", "problem": None}]
+
+    def heard(*operators: str) -> list[str]:
+        ran = SimpleNamespace(communicate=lambda: (json.dumps(results), ""), returncode=0)
+        return [problem.removesuffix(" reads twice") for problem in _probe_problems(ran, operators)]
+
+    assert heard("gram") == ["gram", "gram + combine", "edge"]
+    assert heard("combine") == ["combine", "gram + combine"]
+    assert heard("weighted_grad") == ["weighted_grad"]
+    failed = SimpleNamespace(communicate=lambda: ("", "no such module"), returncode=1)
+    with pytest.raises(RuntimeError, match="no such module"):
+        _probe_problems(failed, ["gram"])
+
+
+def test_triton_variables_are_part_of_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a reading made under one would be found without it; folders change nothing."""
+    before = _environment()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    assert _environment() == before
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "another assembler")
+    assert _environment() != before
