@@ -41,7 +41,6 @@ DEVICE_DTYPES = {
     torch.float64: tl.float64,
 }
 
-
 # A CUDA graph reads these tables at every replay, long after the caches below have let go of them.
 _CAPTURED: list[Work] = []
 
@@ -176,7 +175,10 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
         return table
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("expected a first call with the same tensors before a CUDA graph is captured")
+            raise RuntimeError(
+                "expected a first call with the same tensors before a CUDA graph is captured, and results "
+                "written to given tensors (edge_, combine's out), as new ones have new addresses"
+            )
         stream = _upload_stream(device)
         with torch.cuda.stream(stream):
             uploaded = table.pin_memory().to(device, non_blocking=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from triton.runtime import interpreter
 
 from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
 
@@ -149,6 +151,8 @@ class Observation:
     guards: Guards
     launches: list[Launch] = field(default_factory=list)
     accesses: list[Access] = field(default_factory=list)
+    hints: int = 0
+    broken_hints: list[str] = field(default_factory=list)
 
     @property
     def kernels(self) -> set[str]:
@@ -165,6 +169,7 @@ def checked(call: Callable[[], Any], given: Sequence[Tensor], guards: Guards) ->
 
     A launch may access the tensors in its arguments, the ``given`` ones, and those that came into being in
     the call. Raises AssertionError (wrapped in triton's InterpreterError) at the first access elsewhere.
+    Divisibility that a kernel promises the compiler is held against the values.
     """
     seen = Observation(guards)
     allocations = _Allocations(given, guards)
@@ -184,7 +189,16 @@ def checked(call: Callable[[], Any], given: Sequence[Tensor], guards: Guards) ->
             )
         seen.accesses.append(access)
 
-    with observed_accesses(observe, launched), allocations:
+    def hint(handle: Any, name: str, values: Sequence[int]) -> None:
+        seen.hints += 1
+        if name != "tt.divisibility" or (handle.data % np.asarray(values[-1], handle.data.dtype)).any():
+            seen.broken_hints.append(f"{name} {list(values)} of {handle.data.reshape(-1)[:8]}")
+
+    with (
+        mock.patch.object(interpreter.TensorHandle, "set_attr", hint),
+        observed_accesses(observe, launched),
+        allocations,
+    ):
         result = call()
     return result, seen
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastproj.files import require_writable, write_atomically
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,7 +30,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, eve
 Html = Annotated[
     Path | None, typer.Option("--html", dir_okay=False, help="Also write a page with a roofline per chip.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that compile; by default one per core.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes that compile; by default one per usable core.")
+]
 Cache = Annotated[
     Path | None, typer.Option(help="Folder of readings; else audit/ in $FASTPROJ_CACHE, then in ./.cache.")
 ]
@@ -69,7 +73,7 @@ def audit(
                 target or tuple(TARGETS),
                 asked,
                 cache_dir=cache or Path(os.environ.get("FASTPROJ_CACHE", ".cache")) / "audit",
-                workers=workers or os.cpu_count() or 1,
+                workers=workers or len(os.sched_getaffinity(0)),
                 begin=progress.begin,
                 progress=progress.advance,
             )
@@ -79,7 +83,7 @@ def audit(
     if html is not None:
         from fastproj.bench.audit.page import render_page
 
-        html.write_text(render_page(result, asked, shlex.join(["fastproj", *sys.argv[1:]])), encoding="utf-8")
+        write_atomically(html, render_page(result, asked, shlex.join(["fastproj", *sys.argv[1:]])))
         typer.echo(f"written to {html}", err=True)
     if as_json:
         typer.echo(result.to_json())
@@ -94,8 +98,10 @@ def _check_page(html: Path) -> None:
     if missing:
         wanted = f"{' and '.join(missing)}: pip install 'fastproj-torch[demo]'"
         raise typer.BadParameter(f"the page needs {wanted}", param_hint="--html")
-    if not html.parent.is_dir():
-        raise typer.BadParameter(f"{html.parent} is not a folder", param_hint="--html")
+    try:
+        require_writable(html)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--html") from error
 
 
 class _Progress:

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 import fastproj.kernels
 from fastproj.bench.audit import machine_code
 from fastproj.bench.audit.machine_code import Reading, read_amdgcn, read_cubin
+from fastproj.files import write_atomically
 from fastproj.kernels._blocks import launch_options
 from fastproj.kernels._cases import CompileCase
 
@@ -110,10 +111,7 @@ def compile_job(job: Job, cache_dir: Path) -> Reading:
         return Reading.from_record(json.loads(entry.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         reading = compile_case(case, job.arch)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = entry.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(reading.record()), encoding="utf-8")
-    partial.replace(entry)
+    write_atomically(entry, json.dumps(reading.record()))
     return reading
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -101,11 +102,24 @@ def test_bad_options_are_explained(arguments: tuple[str, str], message: str) -> 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is interpreted")
 def test_interpreted_kernels_are_not_compiled_by_mistake() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET was set"):
         compile_case(case_of(SPLITS[0]), "sm_90")
+
+
+def test_unknown_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="arch must be one of"):
         compile_case(case_of(SPLITS[0]), "sm_1")
+
+
+def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("--html", str(tmp_path / "file" / "page.html"), "--cache", str(tmp_path / "readings"))
+    assert done.returncode == 2
+    assert "Invalid value for --html" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "readings").exists()
 
 
 def test_rows_hold_the_worst_of_their_cases() -> None:

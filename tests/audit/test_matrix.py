@@ -164,14 +164,19 @@ def test_combinations_take_no_more_sets_than_a_case() -> None:
     assert most == combine.MOST_SETS
     launched: list[int] = []
     sets = random_sets(2 * most + 3, [(5,)])
-    out = [torch.empty(5)]
-    with observed_accesses(
-        lambda access: None, lambda launch: launched.append(len(launch.arguments["DTYPES"]))
-    ):
-        combine.combine([s for own in sets for s in own], torch.ones(1, len(sets)).double(), [0], False, out)
+    coefficients = torch.linspace(-1, 2, len(sets), dtype=torch.float64)
+    want = sum(c * own[0].double() for c, own in zip(coefficients, sets, strict=True))
+
+    def note(launch: Launch) -> None:
+        launched.append(len(launch.arguments["DTYPES"]))
+
+    # In place of the last set: it is read before it is written.
+    out = sets[-1]
+    with observed_accesses(lambda access: None, note):
+        combine.combine([s for own in sets for s in own], coefficients[None], [0], False, out)
     assert launched == [most, most, 5]
     # Sums of 35 numbers of order one in fp32.
-    torch.testing.assert_close(out[0], sum(own[0] for own in sets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[0].double(), want, rtol=1e-5, atol=1e-5)
 
 
 @interpreted

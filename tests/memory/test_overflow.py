@@ -248,3 +248,15 @@ def test_products_find_a_far_block(reserved: Tensor) -> None:
     work = last_block_alone(_blocks.prepare([[shard], [shard]], (0,), False, 1))
     partials = launch_partials(work, 2)
     assert partials[:, -1].tolist() == [len(tail) / 4] * 3
+
+
+def test_more_than_int32_counts_is_refused() -> None:
+    """Token numbers, and offsets into one sample's gradient, are int32 in device code."""
+    many = weighted_grad.MOST_POSITIONS + 1
+    x, delta = (torch.empty(1, many, width, device="meta") for width in (3, 2))
+    with pytest.raises(ValueError, match=f"at most {many - 1} tokens in a batch, got {many}"):
+        weighted_grad.weighted_grad(x, delta, torch.empty(1, 1, device="meta"))
+    side = 2**15
+    x, delta = (torch.empty(1, 4, width, device="meta") for width in (side, side + 1))
+    with pytest.raises(ValueError, match=f"elements in a sample's gradient, got {side * (side + 1)}"):
+        per_sample_grad.per_sample_grad(x, delta)
