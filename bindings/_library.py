@@ -13,7 +13,23 @@ import torch
 
 LIBRARY = torch.library.Library("fastproj", "DEF")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPERATORS = ("gram", "combine", "edge", "weighted_grad", "per_sample_grad")
+OPERATORS = (
+    "gram",
+    "combine",
+    "edge",
+    "weighted_grad",
+    "per_sample_grad",
+    "per_sample_influence",
+    "sketch",
+    "cross_entropy",
+)
+# How an operator's fast path on the CPU works, where it is not by matrix products alone.
+CPU_WAYS = {
+    "gram": "cache-blocked ATen",
+    "combine": "cache-blocked ATen",
+    "sketch": "NumPy's Philox and ATen",
+    "cross_entropy": "ATen's log-softmax",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ def backend_for(operator: str, device_type: str) -> Backend:
     if device_type == "cpu" and operator == "edge":
         return Backend("cpu", "gram's and combine's fast paths", binding, "from_parts")
     if device_type == "cpu":
-        how = "cache-blocked ATen" if operator in ("gram", "combine") else "ATen matrix products"
+        how = CPU_WAYS.get(operator, "ATen matrix products")
         return Backend("cpu", how, f"fastproj.kernels.cpu.{operator}", operator)
     why = "triton is not installed" if device_type == "cuda" else f"no kernel for {device_type}"
     function = "from_parts" if operator == "edge" else "from_reference"

@@ -10,6 +10,11 @@ import typer
 from fastproj import __version__
 from fastproj.bench.audit.command import audit
 from fastproj.bench.harness.command import app as bench
+from fastproj.bias_diff.evaluate_command import evaluate
+from fastproj.bias_diff.report_command import report
+from fastproj.bias_diff.score_command import score
+from fastproj.bias_diff.select_command import select
+from fastproj.bias_diff.unlearn_command import unlearn
 
 app = typer.Typer(
     name="fastproj",
@@ -21,6 +26,8 @@ app = typer.Typer(
 
 app.command()(audit)
 app.add_typer(bench, name="bench")
+for command in (score, select, unlearn, evaluate, report):
+    app.command()(command)
 
 Alphas = Annotated[str | None, typer.Option("--alpha", metavar="A,B,C", help="Strengths of EDGE to compare.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs per method, each with its own seed.")]

@@ -39,8 +39,10 @@ REQUIREMENTS = (
     Requirement("rich", "rich", "13", "tables and progress displays", True),
     Requirement("networkx", "networkx", "3", "the audit of the kernels", True),
     Requirement("nvidia-ml-py", "pynvml", "12", "driver version and GPU telemetry", False),
-    Requirement("numpy", "numpy", "1.26", "the demo and studies", False),
-    Requirement("jinja2", "jinja2", "3.1", "the report page", False),
+    Requirement("numpy", "numpy", "1.26", "random numbers of sketches on the CPU", True),
+    Requirement("datasets", "datasets", "3", "reading JSONL, CSV and Parquet", True),
+    Requirement("pyarrow", "pyarrow", "16", "scores on disk", True),
+    Requirement("jinja2", "jinja2", "3.1", "the report pages", True),
     Requirement("matplotlib", "matplotlib", "3.8", "the report's figures", False),
 )
 

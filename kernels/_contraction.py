@@ -80,7 +80,7 @@ def product_options(kernel: Any, dtype: torch.dtype, tile: Tile) -> dict[str, An
         "BLOCK_WIDE": tile.wide,
         "BLOCK_TOKENS": tile.tokens,
         "OPERAND": tl.float32 if interpreted else DEVICE_DTYPES[dtype],
-        "PRECISION": fp32_precision(),
+        "PRECISION": fp32_precision() if dtype == torch.float32 else "ieee",
     }
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import fastproj
+from fastproj.reference.adam import AdamState
 from fastproj.reference.combine import combine
 from fastproj.reference.edge import edge
 from fastproj.reference.gram import gram
 from fastproj.reference.per_sample_grad import per_sample_grad
+from fastproj.reference.per_sample_influence import per_sample_influence
 from fastproj.reference.segments import segmentation
 from fastproj.reference.weighted_grad import weighted_grad
 
@@ -74,6 +76,26 @@ def contractions(dtype: torch.dtype, layer: tuple[int, int, int, int], device: s
     )
 
 
+def influence(dtype: torch.dtype, layer: tuple[int, int, int, int], device: str) -> None:
+    samples, tokens, d_out, d_in = layer
+    x, delta = random(samples, tokens, d_in, seed=3), random(samples, tokens, d_out, seed=4)
+    x, delta = x.to(dtype), delta.to(dtype)
+    references = random(2, d_out, d_in, seed=5)
+    # Second moments of about a gradient's square: near 0 the step would magnify its rounding.
+    moments = tokens * (1 + random(2, d_out, d_in, seed=6).square())
+    for adam in (None, AdamState(*moments.unbind(), 3)):
+        got = fastproj.per_sample_influence(
+            x.to(device),
+            delta.to(device),
+            references.to(device),
+            adam=adam and AdamState(*moments.to(device).unbind(), 3),
+        )
+        want = per_sample_influence(x, delta, references, adam)
+        # Side by side: products cancel, and the square norms say what of.
+        value, expected = (torch.cat([dots, sqnorms[:, None]], 1) for dots, sqnorms in (got, want))
+        require_close(f"per_sample_influence, {dtype}, {layer}", value, expected)
+
+
 def main(device: str) -> None:
     """Every dtype of every operator on ``device``."""
     for dtype in DTYPES:
@@ -81,6 +103,7 @@ def main(device: str) -> None:
             span_projections(dtype, segments, device)
         for layer in LAYERS:
             contractions(dtype, layer, device)
+            influence(dtype, layer, device)
     print(f"every operator ran on {device}")
 
 

@@ -13,9 +13,12 @@ from span_inputs import DTYPES, random_sets
 from torch import Tensor
 
 from fastproj.kernels.combine import combine
+from fastproj.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from fastproj.kernels.edge import edge
 from fastproj.kernels.gram import MOST_SETS, gram
 from fastproj.kernels.per_sample_grad import per_sample_grad
+from fastproj.kernels.per_sample_influence import per_sample_influence
+from fastproj.kernels.sketch import sketch
 from fastproj.kernels.weighted_grad import weighted_grad
 from fastproj.reference.segments import Segmentation, Segments, segmentation
 
@@ -184,4 +187,85 @@ def contraction_cases() -> Iterator[Case]:
             )
 
 
-CASES = (*span_cases(), *contraction_cases())
+def influence_cases() -> Iterator[Case]:
+    """Products with references: Adam's moments beside them in every other case."""
+    for (i, dims), (j, layout) in product(enumerate(LAYERS), enumerate(LAYOUTS)):
+        dtype, adam = DTYPES[(i + j) % len(DTYPES)], (i // 2 + j) % 2 == 1
+        name = f"{'x'.join(map(str, dims))} {str(dtype).removeprefix('torch.')}"
+        yield Case(
+            f"per_sample_influence {'Adam' if adam else 'plain'} {name}",
+            partial(_layer_and_tables, dims, dtype, adam),
+            _influence,
+            layout,
+        )
+
+
+def _layer_and_tables(dims: tuple[int, int, int, int], dtype: torch.dtype, adam: bool) -> list[Tensor]:
+    """x, delta, three references, and the moments where there are any, fp32."""
+    generator, (_, _, d_in, d_out) = torch.Generator().manual_seed(1), dims
+    shapes = [(3, d_out, d_in), *([(d_out, d_in)] * (2 * adam))]
+    tables = [torch.rand(shape, generator=generator) for shape in shapes]
+    return [*_layer(dims, dtype, 1)[:2], *tables]
+
+
+def _influence(tensors: list[Tensor]) -> list[Tensor]:
+    constants = (3, 0.9, 0.999, 1e-8, "adam") if len(tensors) > 3 else ()
+    return [per_sample_influence(*tensors, *constants)]
+
+
+# (samples, positions, dimension): one of each, tails of tiles and groups, several chunks and sample tiles.
+VECTORS = ((1, 1, 1), (3, 33, 300), (2, 1504, 5), (35, 520, 2))
+
+
+def sketch_cases() -> Iterator[Case]:
+    """Random projections with dense factors."""
+    kinds = ("rademacher", "gaussian", "kronecker")
+    for (i, size), (j, layout) in product(enumerate(VECTORS), enumerate(LAYOUTS)):
+        samples, positions, dimension = size
+        dtype, kind = DTYPES[(i + j) % len(DTYPES)], kinds[(2 * i + j) % len(kinds)]
+        yield Case(
+            f"sketch {kind} {'x'.join(map(str, size))} {str(dtype).removeprefix('torch.')}",
+            partial(_sets, 1, [(samples, positions)], (dtype,)),
+            partial(_sketch, dimension, kind),
+            layout,
+        )
+
+
+def _sketch(dimension: int, kind: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [sketch(tensors, dimension, 7, kind, 5)]
+
+
+# (samples, tokens, classes): two classes, less than a vector, tails of vectors, more than a program's turn.
+LOGITS = ((3, 1, 2), (2, 3, 7), (2, 2, 33), (2, 3, 4099))
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    """Losses and gradients, with and without labels to ignore, and smoothed."""
+    for (i, shape), (j, layout) in product(enumerate(LOGITS), enumerate(LAYOUTS)):
+        dtype = DTYPES[(i + j) % len(DTYPES)]
+        yield Case(
+            f"cross_entropy {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}",
+            partial(_sets, 1, [shape], (dtype,)),
+            partial(_cross_entropy, 0.1 * (i % 2), j % 2),
+            layout,
+        )
+
+
+def _cross_entropy(smoothing: float, ignored: int, tensors: list[Tensor]) -> list[Tensor]:
+    """Statistics and the gradient of the losses' sum; labels are 0, 1, 0, 1 …"""
+    (logits,) = tensors
+    labels = torch.arange(logits.shape[0] * logits.shape[1]).remainder(2).view(logits.shape[:2])
+    # There is no label of 2: nothing is ignored then.
+    options = (1 if ignored else 2, smoothing)
+    losses, own, *statistics = cross_entropy(logits, labels, *options)
+    ones = torch.ones_like(losses)
+    return [losses, own, *statistics, cross_entropy_backward(ones, logits, labels, *statistics, *options)]
+
+
+CASES = (
+    *span_cases(),
+    *contraction_cases(),
+    *influence_cases(),
+    *sketch_cases(),
+    *cross_entropy_cases(),
+)

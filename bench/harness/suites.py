@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,19 +12,29 @@ from torch import Tensor
 import fastproj
 from fastproj.bench.harness.clock import Subject
 from fastproj.bench.traffic.contraction import per_sample_grad_call, weighted_grad_call
+from fastproj.bench.traffic.cross_entropy import cross_entropy_call, vocabulary
+from fastproj.bench.traffic.influence import REFERENCES, per_sample_influence_call
 from fastproj.bench.traffic.models import OPERATORS as MODELS
 from fastproj.bench.traffic.models import Traffic
 from fastproj.bench.traffic.moves import DTYPES
+from fastproj.bench.traffic.sketch import DIMENSION, sketch_call
 from fastproj.bench.traffic.workloads import WORKLOADS, Contraction, Workload
 from fastproj.bench.workloads import Shape
+from fastproj.reference.adam import AdamState
 from fastproj.reference.combine import combine as reference_combine
+from fastproj.reference.cross_entropy import cross_entropy as reference_cross_entropy
 from fastproj.reference.edge import edge as reference_edge
 from fastproj.reference.gram import gram as reference_gram
 from fastproj.reference.per_sample_grad import per_sample_grad as reference_per_sample
+from fastproj.reference.per_sample_influence import per_sample_influence as reference_influence
 from fastproj.reference.segments import segmentation
+from fastproj.reference.sketch import sketch as reference_sketch
 from fastproj.reference.weighted_grad import weighted_grad as reference_weighted
 
-SUITES = ("gram", "combine", "edge", "weighted_grad", "per_sample_grad")
+SUITES = (
+    *("gram", "combine", "edge", "weighted_grad", "per_sample_grad", "per_sample_influence", "sketch"),
+    "cross_entropy",
+)
 SUMS = 2
 # A projection in place adds at most α |g| to e, and short calls are repeated up to about 1e5 times: e stays
 # within some hundred times what it was, far from overflow.
@@ -33,6 +44,8 @@ QUICK_SAMPLES, QUICK_TOKENS = 2, 128
 SUMMED, ROUNDED = 1e-5, 8 * torch.finfo(torch.float32).eps
 # Tokens enough for partial results, which the timed calls take too.
 CHECKED_SHARDS, CHECKED_SAMPLES, CHECKED_TOKENS = 4, 3, 400
+CHECKED_POSITIONS = 1500
+MOST_ROWS = 512  # of logits in a call: a vocabulary's rows of a whole batch would fill some memories
 
 
 class WrongResultError(RuntimeError):
@@ -81,9 +94,14 @@ def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> 
         for workload in workloads:
             if suite in SPAN:
                 yield span_case(suite, workload, device)
+            elif suite == "cross_entropy":
+                yield cross_entropy_case(workload, device)
+            elif suite == "sketch":
+                yield sketch_case(workload, device)
             else:
+                case = influence_case if suite == "per_sample_influence" else contraction_case
                 yield from (
-                    contraction_case(suite, workload, contraction, device)
+                    case(suite, workload, contraction, device)
                     for contraction in distinct(workload.contractions)
                 )
 
@@ -201,6 +219,94 @@ def contraction_case(suite: str, workload: Workload, contraction: Contraction, d
         check_contraction(suite, layer(small, dtype, 0, device))
 
     return Case(suite, workload.name, part, dtype, traffic, subject, check)
+
+
+def influence_case(suite: str, workload: Workload, contraction: Contraction, device: str) -> Case:
+    """Scores of one linear map's samples against references, after Adam's step."""
+    dtype = workload.activation_dtype
+    small = replace(contraction, samples=CHECKED_SAMPLES, tokens=CHECKED_TOKENS)
+    traffic = per_sample_influence_call(contraction, dtype)
+
+    def tables(seed: int) -> tuple[Tensor, AdamState]:
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (REFERENCES + 2, contraction.d_out, contraction.d_in)
+        made = torch.rand(shape, generator=generator, device=device)
+        return made[2:], AdamState(made[0], made[1], 100)
+
+    def build(seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        (x, delta, _), (references, adam) = layer(contraction, dtype, seed, device), tables(seed)
+        return lambda: fastproj.per_sample_influence(x, delta, references, adam=adam)
+
+    def check() -> None:
+        (x, delta, _), (references, adam) = layer(small, dtype, 0, device), tables(0)
+        got = fastproj.per_sample_influence(x, delta, references, adam=adam)
+        here = AdamState(adam.exp_avg.cpu(), adam.exp_avg_sq.cpu(), adam.step)
+        want = reference_influence(x.cpu(), delta.cpu(), references.cpu(), here)
+        # Updates are of order one, and all references positive: a share of the largest sum of magnitudes.
+        magnitude = max(want[1].max().item(), references.sum(dim=(1, 2)).max().item())
+        require_close(suite, got, want, SUMMED * magnitude)
+
+    part = f"{contraction.name}, {contraction.samples} × {contraction.tokens} tokens"
+    subject = Subject(build, traffic.least_bytes, traffic.least_bytes, traffic.launches)
+    return Case(suite, workload.name, part, dtype, traffic, subject, check)
+
+
+def sketch_case(workload: Workload, device: str) -> Case:
+    """A Rademacher sketch of the per-sample gradients of one block of the model."""
+    samples, positions = workload.samples, workload.elements // workload.model.layers
+    traffic = sketch_call(samples, positions, workload.dtype, workload.name)
+
+    def vectors(size: int, seed: int) -> Tensor:
+        return gradients([(samples, size)], workload.dtype, seed, device)[0]
+
+    def build(seed: int) -> Callable[[], Tensor]:
+        made = vectors(positions, seed)
+        return lambda: fastproj.sketch(made, DIMENSION, seed=seed)
+
+    def check() -> None:
+        made = vectors(CHECKED_POSITIONS, 0)
+        got = fastproj.sketch(made, DIMENSION, seed=0)
+        exact = made.double().cpu()
+        want = reference_sketch([exact], DIMENSION, 0, "rademacher", 0)
+        # Every entry has one size: rounding is that of a sum of absolute values.
+        magnitude = exact.abs().sum(dim=1, keepdim=True) / DIMENSION**0.5
+        require_close("sketch", [got], [want], SUMMED * magnitude)
+
+    part = f"one block, {samples} × {positions} to {DIMENSION}"
+    subject = Subject(build, traffic.least_bytes, traffic.least_bytes, traffic.launches)
+    return Case("sketch", workload.name, part, workload.dtype, traffic, subject, check)
+
+
+def cross_entropy_case(workload: Workload, device: str) -> Case:
+    """Losses of one sample's tokens over the model's vocabulary, and the gradient of their logits."""
+    tokens, classes, dtype = min(workload.tokens, MOST_ROWS), vocabulary(workload), workload.activation_dtype
+    traffic = cross_entropy_call(tokens, classes, dtype, workload.name)
+
+    def prepare(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        (logits,) = gradients([(rows, classes)], dtype, seed, device)
+        return logits[None].requires_grad_(), torch.arange(rows, device=device)[None]
+
+    def losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses = fastproj.cross_entropy(logits, labels, reduction="sum").losses
+        return losses.detach(), torch.autograd.grad(losses, logits, torch.ones_like(losses))[0]
+
+    def check() -> None:
+        logits, labels = prepare(CHECKED_SAMPLES, 0)
+        losses, gradient = losses_and_gradient(logits, labels)
+        exact = logits.detach().double().cpu().requires_grad_()
+        want, *_ = reference_cross_entropy(exact, labels.cpu(), reduction="sum")
+        (wanted,) = torch.autograd.grad(want, exact, torch.ones_like(want))
+        # A probability rounded, and the sum of a vocabulary's exponentials in fp32.
+        rounding = torch.finfo(gradient.dtype).eps * wanted.abs() + SUMMED * wanted.abs().max()
+        require_close("cross_entropy", [losses], [want.detach()], SUMMED * want.max().item())
+        require_close("cross_entropy", [gradient], [wanted], rounding)
+
+    part = f"{tokens} tokens, {classes} classes"
+    subject = Subject(
+        lambda seed: partial(losses_and_gradient, *prepare(tokens, seed)),
+        traffic.least_bytes, traffic.least_bytes, traffic.launches,
+    )  # fmt: skip
+    return Case("cross_entropy", workload.name, part, dtype, traffic, subject, check)
 
 
 def layer(contraction: Contraction, dtype: str, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastproj.bench.traffic.contraction import per_sample_grad, weighted_grad
+from fastproj.bench.traffic.cross_entropy import cross_entropy
+from fastproj.bench.traffic.influence import per_sample_influence
 from fastproj.bench.traffic.moves import Floor, Traffic, roofline
+from fastproj.bench.traffic.sketch import sketch
 from fastproj.bench.traffic.span import combine, edge, gram, gram_and_combine
 from fastproj.bench.traffic.workloads import Workload
 
@@ -16,6 +19,9 @@ OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
     "edge": edge,
     "weighted_grad": weighted_grad,
     "per_sample_grad": per_sample_grad,
+    "per_sample_influence": per_sample_influence,
+    "sketch": sketch,
+    "cross_entropy": cross_entropy,
 }
 
 __all__ = [
@@ -23,10 +29,13 @@ __all__ = [
     "Floor",
     "Traffic",
     "combine",
+    "cross_entropy",
     "edge",
     "gram",
     "gram_and_combine",
     "per_sample_grad",
+    "per_sample_influence",
     "roofline",
+    "sketch",
     "weighted_grad",
 ]

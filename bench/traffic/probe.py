@@ -18,10 +18,15 @@ import torch
 from torch import Tensor
 
 from fastproj.bench.traffic.contraction import per_sample_moves, weighted_moves
+from fastproj.bench.traffic.cross_entropy import cross_entropy_moves
+from fastproj.bench.traffic.influence import influence_moves
 from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves
 from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
+from fastproj.bench.traffic.sketch import WIDTH, dense_moves, kronecker_moves
 from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
-from fastproj.kernels import combine, edge, gram, per_sample_grad, weighted_grad
+from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, weighted_grad
+from fastproj.kernels.per_sample_influence import per_sample_influence
+from fastproj.kernels.sketch import sketch
 from fastproj.reference.segments import Segments, segmentation
 
 # Ragged tails, a vector, narrow rows in whole and in part, rows and shards of several blocks.
@@ -123,6 +128,13 @@ def probes() -> Iterator[Probe]:
     for dtype in DTYPES:
         for batch in BATCHES:
             yield from contraction_probes(batch, dtype)
+            yield from influence_probes(batch, dtype)
+    for dtype in DTYPES:
+        yield from sketch_probes(3, 1501, 300, dtype)
+    yield from sketch_probes(33, 1024, 4, "fp32")
+    for dtype in DTYPES:
+        for classes in (5, 4099):
+            yield from cross_entropy_probes(2, 3, classes, dtype)
 
 
 def span_probes(
@@ -174,6 +186,50 @@ def contraction_probes(batch: tuple[int, int, int, int], dtype: str, sums: int =
         lambda: per_sample_grad.per_sample_grad(x, delta),
         per_sample_moves(x, delta),
     )
+
+
+def sketch_probes(samples: int, positions: int, dimension: int, dtype: str) -> Iterator[Probe]:
+    """The dense kinds of random projections on (samples, positions), and products of two for whole rows."""
+    vectors = torch.randn(samples, positions, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    size = (samples, positions, dimension, DTYPES[dtype])
+    moves = {"rademacher": dense_moves(*size, normal=False), "gaussian": dense_moves(*size, normal=True)}
+    if positions % WIDTH == 0:
+        moves["kronecker"] = kronecker_moves(*size)
+    for kind, moved in moves.items():
+        name = f"{dtype}, {kind}, {samples} × {positions} to {dimension}"
+        yield Probe("sketch", name, partial(sketch, [vectors], dimension, 0, kind, 0), moved)
+
+
+def influence_probes(batch: tuple[int, int, int, int], dtype: str, references: int = 2) -> Iterator[Probe]:
+    """Products with references on one batch (samples, tokens, d_in, d_out), after Adam's step and without."""
+    samples, tokens, d_in, d_out = batch
+    x, delta = _activations((samples, tokens, d_in), (samples, tokens, d_out), DTYPES[dtype])
+    tables, moments = torch.ones(references, d_out, d_in), torch.ones(d_out, d_in)
+    for adam in (False, True):
+        state = (moments, moments, 1, 0.9, 0.999, 1e-8, "adam") if adam else ()
+        yield Probe(
+            "per_sample_influence",
+            f"{dtype}, {samples} × {tokens} tokens, {d_in} to {d_out}, {'Adam' if adam else 'plain'}",
+            partial(per_sample_influence, x, delta, tables, *state),
+            influence_moves(x, delta, references, adam),
+        )
+
+
+def cross_entropy_probes(samples: int, tokens: int, classes: int, dtype: str) -> Iterator[Probe]:
+    """Losses of (samples, tokens) and the gradient of their logits; every third label is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(samples, tokens, classes, generator=generator).to(DTYPES[dtype])
+    labels = torch.arange(samples * tokens).remainder(classes)
+    labels[::3] = -100
+    labels = labels.view(samples, tokens)
+
+    def call() -> None:
+        losses, _, maxima, log_sums = cross_entropy.cross_entropy(logits, labels, -100, 0.1)
+        cross_entropy.cross_entropy_backward(losses, logits, labels, maxima, log_sums, -100, 0.1)
+
+    rows = samples * tokens
+    moves = cross_entropy_moves(rows, rows - -(-rows // 3), classes, DTYPES[dtype])
+    yield Probe("cross_entropy", f"{dtype}, {samples} × {tokens} tokens, {classes} classes", call, moves)
 
 
 def _activations(

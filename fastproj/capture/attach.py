@@ -18,6 +18,7 @@ from fastproj.capture.functions import (
     Consume,
     ForwardPass,
     Layer,
+    Sink,
 )
 from fastproj.capture.select import Obstacle, batch_norms, find_obstacles
 from fastproj.capture.verify import disagreement, foreign_uses, is_hidden
@@ -72,6 +73,7 @@ class Capture:
         if task is None:
             calls = self._current.calls
             calls[layer.name] = batch if calls.get(layer.name, batch) == batch else -1
+            self._current.reads.update(layer.module.parameters(recurse=False))
             return self._current
         # A checkpoint inside a checkpoint is recomputed in a nested backward that no loss began.
         known = {began for began, _ in self._in_backward}
@@ -134,6 +136,20 @@ class Capture:
 
         Raises RuntimeError where no captured layer has run since the last loss.
         """
+        finished = self._finish(loss)
+        finished.use(weights, consume)
+        return finished
+
+    def observe(self, loss: Tensor, samples: int, sink_for: Callable[[ForwardPass], Sink]) -> None:
+        """End the running forward pass: its backward hands single samples' gradients to a sink.
+
+        ``loss`` is the sum of the ``samples`` losses; nothing is accumulated in captured parameters. Raises
+        RuntimeError where no captured layer has run since the last loss.
+        """
+        finished = self._finish(loss)
+        finished.observe(sink_for(finished), samples)
+
+    def _finish(self, loss: Tensor) -> ForwardPass:
         finished = self._current
         if self.attached and not finished.reached and not finished.calls:
             raise RuntimeError(
@@ -141,7 +157,6 @@ class Capture:
                 "forward pass"
             )
         self._start_anew()
-        finished.use(weights, consume)
         if loss.requires_grad:
             loss.register_hook(partial(self._begin_backward, finished))
         return finished

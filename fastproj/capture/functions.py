@@ -6,9 +6,10 @@ checkpointing saves what it should, and both sums come from one product.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,16 @@ from fastproj.capture.sums import linear_sums, per_token, vector_sums
 Consume = Callable[[nn.Parameter, Tensor, Tensor], Tensor]
 
 
+class Sink(Protocol):
+    """What takes the gradients of single samples apart while backward passes through."""
+
+    def contract(self, parameter: nn.Parameter, x: Tensor | None, delta: Tensor) -> None:
+        """A call's share of sample i is ``Σ_t δ_it x_itᵀ``; x is None where the parameter is a vector: 1."""
+
+    def scatter(self, parameter: nn.Parameter, indices: Tensor, delta: Tensor) -> None:
+        """A call's share of sample i has ``Σ δ_it`` over the tokens of an index in that index's row."""
+
+
 @dataclass
 class ForwardPass:
     """One forward pass of the model and what its backward needs to know, filled in by the loss.
@@ -28,6 +39,8 @@ class ForwardPass:
     ``consume(parameter, plain, weighted)`` takes both sums of a call and returns the gradient to accumulate
     in ``parameter.grad``. ``calls`` has each called layer's batch (−1 where its calls differ), ``reached``
     says that a layer ran under no_grad, ``epsilon`` is that of the coarsest dtype a layer multiplied in.
+    ``reads`` counts the calls that read a parameter. With a ``sink`` the backward pass hands it what sample
+    gradients are made of, for a batch of ``samples``, and accumulates nothing.
     """
 
     closed: bool = False
@@ -36,11 +49,24 @@ class ForwardPass:
     calls: dict[str, int] = field(default_factory=dict)
     reached: bool = False
     epsilon: float = 0.0
+    reads: Counter[nn.Parameter] = field(default_factory=Counter)
+    sink: Sink | None = None
+    samples: int = 0
 
     def use(self, weights: Tensor | None, consume: Consume | None) -> None:
         """Say what a backward pass does from now on, for sample weights (B,)."""
         self.closed, self.consume = True, consume
         self.weights = None if weights is None else torch.stack([torch.ones_like(weights), weights])
+
+    def observe(self, sink: Sink, samples: int) -> None:
+        """Say that a backward pass hands the sample gradients of a batch to ``sink`` from now on."""
+        self.closed, self.sink, self.samples = True, sink, samples
+
+    def sink_for(self, layer: Layer, batch: int) -> Sink | None:
+        """The sink, if this pass has one."""
+        if self.sink is not None:
+            _check_batch(layer, batch, self.samples)
+        return self.sink
 
     def gradient(
         self,
@@ -60,11 +86,7 @@ class ForwardPass:
             )
         if self.weights is None or self.consume is None:
             return None
-        if batch != self.weights.shape[1]:
-            raise ValueError(
-                f"{layer.name!r} was called with first dimension {batch}, expected the batch of "
-                f"{self.weights.shape[1]} samples"
-            )
+        _check_batch(layer, batch, self.weights.shape[1])
         device_type = self.weights.device.type
         if not torch.is_autocast_enabled(device_type):
             return self.consume(parameter, *form(self.weights))
@@ -78,6 +100,13 @@ class Layer:
 
     name: str
     module: nn.Module
+
+
+def _check_batch(layer: Layer, batch: int, samples: int) -> None:
+    if batch != samples:
+        raise ValueError(
+            f"{layer.name!r} was called with first dimension {batch}, expected the batch of {samples} samples"
+        )
 
 
 class CapturedLinear(torch.autograd.Function):
@@ -101,6 +130,13 @@ class CapturedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = _times(delta, weight) if needs_x else None
         grad_weight = grad_bias = None
+        sink = forward_pass.sink_for(layer, x.shape[0])
+        if sink is not None:
+            if needs_weight:
+                sink.contract(module.weight, x, delta)
+            if needs_bias:
+                sink.contract(module.bias, None, delta)
+            return grad_x, None, None, None, None
         if needs_weight:
             grad_weight = forward_pass.gradient(
                 layer, module.weight, x.shape[0], lambda w: linear_sums(x, delta, w)
@@ -140,6 +176,15 @@ class CapturedEmbedding(torch.autograd.Function):
         """Rows of δ, and of w·δ, added up by index."""
         (indices,) = ctx.saved_tensors
         module = ctx.layer.module
+        sink = ctx.forward_pass.sink_for(ctx.layer, indices.shape[0])
+        if sink is not None:
+            if module.scale_grad_by_freq:
+                raise RuntimeError(
+                    f"{ctx.layer.name!r} has scale_grad_by_freq, which counts over the whole batch"
+                )
+            padded = None if module.padding_idx is None else (indices == module.padding_idx).unsqueeze(-1)
+            sink.scatter(module.weight, indices, delta if padded is None else delta.masked_fill(padded, 0))
+            return None, None, None, None
 
         def gather(values: Tensor) -> Tensor:
             padding = -1 if module.padding_idx is None else module.padding_idx
@@ -180,9 +225,13 @@ class CapturedLayerNorm(torch.autograd.Function):
             grad_x = torch.ops.aten.native_layer_norm_backward(
                 delta.contiguous(), x, module.normalized_shape, mean, rstd, scale, None, [True, False, False]
             )[0]
+        sink = ctx.forward_pass.sink_for(ctx.layer, x.shape[0])
 
-        def total(values: Tensor, parameter: nn.Parameter) -> Tensor:
+        def total(values: Tensor, parameter: nn.Parameter) -> Tensor | None:
             flat = values.reshape(x.shape[0], -1, parameter.numel())
+            if sink is not None:
+                sink.contract(parameter, None, flat)
+                return None
 
             def form(weights: Tensor) -> tuple[Tensor, Tensor]:
                 plain, weighted = vector_sums(flat, weights)

@@ -17,18 +17,18 @@ def linear_sums(x: Tensor, delta: Tensor, weights: Tensor) -> tuple[Tensor, Tens
     one call a layer.
     """
     weighted_grad = implementation("weighted_grad", x.device.type)
-    plain, weighted = weighted_grad(_with_token_axis(x), _with_token_axis(delta), weights)
+    plain, weighted = weighted_grad(with_token_axis(x), with_token_axis(delta), weights)
     return plain, weighted
 
 
-def _with_token_axis(values: Tensor) -> Tensor:
+def with_token_axis(values: Tensor) -> Tensor:
     """(B, T, d): one token where there is no token axis, one axis where there are several."""
     return values if values.dim() == 3 else values.reshape(values.shape[0], -1, values.shape[-1])
 
 
 def vector_sums(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """``(Σ_i v_i, Σ_i w_i v_i)`` over samples and tokens of values (B, …, d)."""
-    plain, weighted = weights.to(values.dtype) @ _with_token_axis(values).sum(1)
+    plain, weighted = weights.to(values.dtype) @ with_token_axis(values).sum(1)
     return plain, weighted
 
 

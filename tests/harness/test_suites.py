@@ -84,6 +84,7 @@ def test_one_wrong_element_is_told(suite: str, value: float, monkeypatch: pytest
     def broken(*arguments: object, **options: object) -> object:
         result = real(*arguments, **options)
         out = arguments[0] if suite == "edge" else options.get("out", result)
+        out = out.losses.detach() if suite == "cross_entropy" else out
         tensor = out if isinstance(out, Tensor) else out[-1]
         tensor.view(-1)[-1] += value * tensor.abs().max()
         return result

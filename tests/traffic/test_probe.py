@@ -30,7 +30,8 @@ def test_every_probe_agrees_with_the_model():
     results = probe_all()
     assert [result.problem for result in results if result.problem] == []
     assert {result.operator for result in results} == {
-        *("gram + combine", "edge", "weighted_grad", "per_sample_grad")
+        *("gram + combine", "edge", "weighted_grad", "per_sample_grad"),
+        *("per_sample_influence", "sketch", "cross_entropy"),
     }
     assert all(result.counted == result.modelled for result in results)
 

@@ -1,0 +1,138 @@
+"""Scores of texts, from records to files on disk: what ``fastproj score`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastproj.bias_diff.commands import Loaded, progress
+from fastproj.bias_diff.encoding import Task, encode, pad_token
+from fastproj.bias_diff.records import Records
+from fastproj.bias_diff.training import mask_tokens
+from fastproj.influence.batches import TokenBatches
+from fastproj.influence.fingerprint import rows_fingerprint
+from fastproj.influence.references import References
+from fastproj.influence.scorer import InfluenceScorer
+from fastproj.influence.scores import Scores
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Everything but the texts that decides their scores.
+
+    Attributes:
+        optimizer: ``optimizer.pt`` for Adam's updates, None for plain gradients.
+        checkpoints: folders to sum over, each weighted by its learning rate, in place of the model as it is.
+        batch_tokens: tokens in a batch at most; rows on disk follow the order of the batches.
+        seed: of a masked model's masks, and of sketches.
+    """
+
+    loaded: Loaded
+    loss: Task
+    params: Literal["lora", "trainable"]
+    optimizer: Path | None
+    checkpoints: Sequence[Path]
+    adam_variant: Literal["adam", "less"]
+    max_length: int
+    batch_tokens: int
+    normalize: bool
+    seed: int
+
+    def run(
+        self,
+        records: Records,
+        probes: Mapping[str, Records],
+        output: Path,
+        *,
+        sketch: tuple[str, int] | None = None,
+    ) -> Scores:
+        """Write the scores of all records to ``output``, and sketches beside it, going on where they end.
+
+        Raises ValueError where texts, optimiser or what is on disk do not fit, OSError where writing fails.
+        """
+        scorer = InfluenceScorer(
+            self.loaded.model,
+            self.optimizer,
+            loss=self.loss,
+            params=self.params,
+            adam_variant=self.adam_variant,
+            checkpoints=tuple(self.checkpoints),
+        )
+        if self.optimizer is not None:
+            scorer.adam(0)  # what does not fit is met before anything is computed
+        samples = self._samples(records)
+        batches = self._batches(samples)
+        total = len(samples)
+        with self._references(scorer, probes, output) as references, progress("scoring", total) as show:
+            scores = scorer.score(
+                batches,
+                references,
+                normalize=self.normalize,
+                out=output,
+                progress=lambda done: show(done, total),
+            )
+        if sketch is not None:
+            kind, dimension = sketch
+            with progress("sketching", total) as show:
+                scorer.sketch(
+                    batches,
+                    dimension,
+                    out=sketch_folder(output),
+                    kind=kind,
+                    seed=self.seed,
+                    progress=lambda done: show(done, total),
+                )
+        return scores
+
+    @contextmanager
+    def _references(
+        self, scorer: InfluenceScorer, probes: Mapping[str, Records], output: Path
+    ) -> Iterator[References]:
+        """The probes' gradients, in a file beside ``output`` until the block ends well.
+
+        A run that goes on takes them from there: computed anew, they may differ by rounding on a GPU.
+        """
+        samples = {name: self._samples(own) for name, own in probes.items()}
+        digest = rows_fingerprint([list(samples), *(row for own in samples.values() for row in own)])
+        file = output.with_name(f"{output.name}.references-{digest[:8]}")
+        resumed = file.is_file()
+        if resumed:
+            references = References.load(file)
+        else:
+            with progress("probes"):
+                references = scorer.reference({name: self._batches(own) for name, own in samples.items()})
+            references.save(file)
+        try:
+            yield references
+        except ValueError:
+            if not resumed:  # refused: there is nothing that these belong to
+                file.unlink()
+            raise
+        file.unlink()
+
+    def _samples(self, records: Records) -> list[dict[str, Any]]:
+        """Token ids of every record; for a masked model with masks that the seed decides."""
+        tokenizer = self.loaded.tokenizer
+        samples = encode(records, tokenizer, task=self.loss, max_length=self.max_length)
+        if self.loss != "masked-lm":
+            return samples
+        generator = torch.Generator().manual_seed(self.seed)
+        for sample in samples:
+            ids = torch.tensor([sample["input_ids"]])
+            masked, labels = mask_tokens(ids, torch.ones_like(ids), tokenizer, generator)
+            sample |= {"input_ids": masked[0].tolist(), "labels": labels[0].tolist()}
+        return samples
+
+    def _batches(self, samples: Sequence[Mapping[str, Any]]) -> TokenBatches:
+        pad = pad_token(self.loaded.tokenizer)
+        return TokenBatches(samples, pad_token_id=pad, max_tokens=self.batch_tokens)
+
+
+def sketch_folder(output: Path) -> Path:
+    """Where the sketches of the samples scored in ``output`` go."""
+    return output.with_suffix(".sketches")

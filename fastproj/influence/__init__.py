@@ -1,0 +1,1 @@
+"""Influence of training samples on probe gradients, exact and sketched."""

@@ -1,0 +1,82 @@
+"""Batches of samples of similar length under a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class TokenBatches:
+    """Padded batches of at most ``max_tokens`` tokens, padding counted, longest samples first.
+
+    Samples are mappings with ``input_ids`` and, where there are some, ``labels`` (a list as long as the ids,
+    or one class) and ``id``; ids default to row numbers. The longest batch comes first, so that a batch that
+    does not fit into memory is met at once. Iterating twice gives the same batches, as resuming needs it.
+
+    Raises ValueError where there is no sample, a sample is empty, or the budget is not positive.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Mapping[str, Any]],
+        *,
+        pad_token_id: int,
+        max_tokens: int = 4096,
+        max_samples: int = 64,
+    ) -> None:
+        if max_tokens < 1 or max_samples < 1:
+            raise ValueError(
+                f"max_tokens and max_samples must be at least 1, got {max_tokens}, {max_samples}"
+            )
+        if not samples:
+            raise ValueError("expected at least one sample, got none")
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        if not all(lengths):
+            raise ValueError(f"expected samples with input_ids, sample {lengths.index(0)} has none")
+        self.samples = samples
+        self.pad_token_id = pad_token_id
+        self._batches = _batches(lengths, max_tokens, max_samples)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows in self._batches:
+            yield self._collate(rows)
+
+    def _collate(self, rows: Sequence[int]) -> dict[str, Any]:
+        samples = [self.samples[row] for row in rows]
+        ids = [sample["input_ids"] for sample in samples]
+        batch: dict[str, Any] = {
+            "id": [str(sample.get("id", row)) for sample, row in zip(samples, rows, strict=True)],
+            "input_ids": _padded(ids, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(row) for row in ids], 0),
+        }
+        if "labels" in samples[0]:
+            labels = [sample["labels"] for sample in samples]
+            whole = isinstance(labels[0], int)
+            batch["labels"] = torch.tensor(labels) if whole else _padded(labels, IGNORE_INDEX)
+        return batch
+
+
+def _batches(lengths: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
+    """Rows by falling length, cut where the longest times the number of rows would pass the budget."""
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        full = batches and (len(batches[-1]) == max_samples or longest * (len(batches[-1]) + 1) > max_tokens)
+        if not batches or full:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
