@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastproj.bindings._library import LIBRARY, define, implementation
 from fastproj.bindings.per_sample_grad import accumulation_dtype, check_dense
+from fastproj.reference._sketch_sparse import nonzeros_of
 from fastproj.reference.sketch import KINDS
 from fastproj.reference.sketch import sketch as reference_sketch
 
@@ -44,7 +45,8 @@ def sketch(
             to variance 1/k exactly; none exceeds 4.4 standard deviations. An entry takes 16 random bits,
             where a sign takes one: on a CPU several times the time.
             ``"srht"``: signs, a Walsh–Hadamard transform and a sample of its rows, block by block.
-            ``"sjlt"``: four entries ±1/2 in a column, the rest zero.
+            ``"sjlt"``: four entries ±1/2 in a column, the rest zero; k a power of two from 4 to 16,384, or a
+            greater multiple of 4,096, with k/4,096 entries.
             ``"kronecker"``: ``L ⊗ R`` over positions as a matrix of 1,024 columns, k = k1·k2 as near to a
             square as k divides; signs in both. Cheap, and coarser than the others: Var ‖Pv‖² up to
             (2/k1 + 2/k2 + 4/k) ‖v‖⁴, where v is of rank one.
@@ -112,6 +114,8 @@ def check_numbers(dimension: int, seed: int, kind: str, offset: int) -> None:
         raise ValueError(f"offset must be from 0 to 2**56 - 1, got {offset}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind == "sjlt":
+        nonzeros_of(dimension)  # raises where there is no such number
 
 
 def from_reference(shards: list[Tensor], dimension: int, seed: int, kind: str, offset: int) -> Tensor:

@@ -124,6 +124,7 @@ def project(vectors: Tensor, dimension: int, seed: int, offset: int) -> Tensor:
 
 CASES: tuple[CompileCase, ...] = (
     transform_case(sparse_kernel, torch.float32, "parts"),
+    transform_case(sparse_kernel, torch.bfloat16, "parts"),
     transform_case(sparse_kernel, torch.float64, "parts"),
     sum_case(slot_sums_kernel, torch.float32, {"OUTPUTS": OUTPUTS, "TERMS": TERMS}),
 )

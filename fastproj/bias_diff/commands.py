@@ -70,7 +70,7 @@ Biased = Annotated[
     str | None, typer.Option(metavar="LABEL", help="The label of biased samples, where labels are known.")
 ]
 LossOption = Annotated[Loss, typer.Option(help="What the model was trained to do.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of a text that count.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of a text that count, within MODEL's context.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; by default a GPU where there is one.")]
 Dtype = Annotated[Precision, typer.Option(help="Precision that the model is loaded in.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
@@ -134,13 +134,10 @@ def load_model(
         model, info = automatic.from_pretrained(
             name, dtype=getattr(torch, dtype.value), output_loading_info=True
         )
+    if loss is Loss.CAUSAL_LM and _reads_both_ways(model.config):
+        raise ValueError(f"model {name} is a masked one ({model.config.model_type}): give --loss masked-lm")
     if adapter is not None:
-        from peft import PeftModel
-
-        if not (adapter / "adapter_config.json").is_file():
-            raise ValueError(f"adapter {adapter}: expected a folder with adapter_config.json, there is none")
-        with _naming(f"adapter {adapter}"):
-            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        model = _with_adapter(model, adapter, trainable)
     random = [] if new_head else _random_weights(model, info["missing_keys"], adapter is not None)
     if random:
         raise ValueError(
@@ -149,6 +146,51 @@ def load_model(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _naming(f"device {chosen}"):
         return Loaded(model.to(chosen).eval(), tokenizer)
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a model sees the tokens that a causal loss has it predict, whichever head it was loaded with."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return config.model_type in MASKED and not getattr(config, "is_decoder", False)
+
+
+def _with_adapter(model: Any, adapter: Path, trainable: bool) -> Any:
+    """The model with all weights of an adapter, which PEFT alone would let be too few or too many."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"adapter {adapter}: expected a folder with adapter_config.json, there is none")
+    with _naming(f"adapter {adapter}"):
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        saved = set(load_peft_weights(str(adapter), device="cpu"))
+    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    odd = sorted((own - saved) | {name for name in saved - own if ".lora_" in name})
+    if odd:
+        raise ValueError(
+            f"adapter {adapter} is of another model: {len(odd)} weights are in one of both, as {odd[0]!r}"
+        )
+    return model
+
+
+def fitting_length(loaded: Loaded, max_length: int) -> int:
+    """Tokens of a text that the model takes, at most ``max_length``."""
+    from fastproj.bias_diff.likelihood import context_length
+
+    return min(max_length, context_length(loaded.model) or max_length)
+
+
+def keep_inputs(output: Path, *inputs: Path | None) -> None:
+    """Raises ValueError where an output would take the place of an input."""
+    for path in inputs:
+        if path is not None and path.resolve() == output.resolve():
+            raise ValueError(f"--output: {output} is what is read")
+
+
+def sketch_folder(output: Path) -> Path:
+    """Where the sketches of the samples scored in ``output`` go."""
+    return output.with_suffix(".sketches")
 
 
 def _random_weights(model: Any, missing: Iterable[str], adapted: bool) -> list[str]:
@@ -176,9 +218,13 @@ def read_selection(path: Path) -> tuple[str, ...]:
     """
     import json
 
+    from fastproj.bias_diff.records import FORMATS
+
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() in FORMATS.keys() - {".json"}:
+        raise ValueError(f"{path}: expected a selection in JSON (.json), or text with an id a line")
+    text = path.read_text(encoding="utf-8-sig")
     ids: Any = [line for line in text.splitlines() if line.strip()]
     if path.suffix.lower() == ".json":
         try:

@@ -21,7 +21,7 @@ class Pooling(str, Enum):
 
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Folder or name, for measures of a model.")
+    str | None, typer.Argument(metavar="MODEL", help="Folder or name, for measures of a model.")
 ]
 Scores = Annotated[Path | None, typer.Option(help="Scores: coverage and precision by share, and AUC.")]
 Selection = Annotated[Path | None, typer.Option(help="A selection: its coverage and precision.")]

@@ -68,7 +68,8 @@ def _read(reader: Callable[[Path], T], path: Path | None) -> T:
     try:
         return reader(path)  # type: ignore[arg-type]
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path or reader.__name__}: not laid out as expected: {one_line(error)}") from error
+        told = one_line(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path or reader.__name__}: not laid out as expected: {told}") from error
 
 
 @dataclass
@@ -140,5 +141,6 @@ class Evaluation:
     def _perplexity(self, loaded: Loaded) -> dict[str, Any]:
         texts = self.texts.texts if self.texts is not None else ()
         found = perplexity(loaded.model, loaded.tokenizer, texts, batch_size=self.batch_size)
-        value = found.value if math.isfinite(found.value) else None
-        return {"value": value, "log_likelihood": found.log_likelihood, "tokens": found.tokens}
+        # Infinities are no JSON.
+        value, total = (v if math.isfinite(v) else None for v in (found.value, found.log_likelihood))
+        return {"value": value, "log_likelihood": total, "tokens": found.tokens}

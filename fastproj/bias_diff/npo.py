@@ -129,6 +129,10 @@ def unlearn(
 
     Raises ValueError where the model is not causal or nothing in it is trainable, where retained samples are
     missing although ``retain_weight`` is not 0, and where one sample is in both sets.
+
+    ``log π_ref`` is taken once and without dropout; π_θ has the model's dropout while it trains. With dropout
+    the log-ratio therefore begins off zero, on average below it, as if a little were forgotten already: to
+    compare the two strictly, train a model without dropout.
     """
     config = config or NPOConfig()
     _check(model, forget, retain, config)

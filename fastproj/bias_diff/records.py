@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -20,6 +22,8 @@ FORMATS = {
     ".parquet": "parquet",
 }
 ID_COLUMN, TEXT_COLUMN, LABEL_COLUMN = "id", "text", "label"
+LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is too short for a document
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,11 @@ def read_records(
 
     Without ``id_column``, column ``id`` where there is one, otherwise row numbers from 0; without
     ``label_column``, column ``label`` where there is one, otherwise no labels. Cells of CSV files are taken
-    as they are written: ids and labels are strings, an empty label is None.
+    as they are written: ids and labels are strings, an empty label is None. So are strings of JSON files
+    that look like dates.
 
     Raises FileNotFoundError where there is no file; ValueError for an unknown ending, a file without rows or
-    that cannot be parsed, a missing column, a missing or repeated id, a blank text.
+    that cannot be parsed, a missing column, a missing or repeated id, a text that is blank or no string.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,7 +126,13 @@ def _records(
     columns: dict[str, list[Any]], text_column: str, id_column: str | None, label_column: str | None
 ) -> Records:
     number = len(columns[text_column])
-    texts = ["" if text is None else str(text) for text in columns[text_column]]
+    texts = ["" if text is None else text for text in columns[text_column]]
+    other = [row for row, text in enumerate(texts) if not isinstance(text, str)]
+    if other:
+        kind = type(texts[other[0]]).__name__
+        raise ValueError(
+            f"expected strings in column {text_column!r}, got {kind} in {_listed(other)} (counted from 0)"
+        )
     return Records(
         _ids(columns.get(id_column or ID_COLUMN), number),
         tuple(texts),
@@ -158,7 +169,24 @@ def _read_columns(path: Path, kind: str, named: Sequence[str | None]) -> dict[st
     with tempfile.TemporaryDirectory() as cache:
         table = _table(path, kind, cache_dir=cache, keep_in_memory=True, **options)
         _check_columns(path, table.column_names, named)
-        return {name: table[name][:] for name in _wanted(table.column_names, named)}
+        wanted = _wanted(table.column_names, named)
+        try:
+            columns = {name: table[name][:] for name in wanted}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
+        dates = [name for name in wanted if str(table.data.schema.field(name).type).startswith("timestamp")]
+    return columns | (_as_written(path, dates) if kind == "json" and dates else {})
+
+
+def _as_written(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a JSON file whose strings were read as dates; an id "2024-01-31" is to stay one."""
+    text, rows, at = path.read_text(encoding="utf-8-sig").strip(), [], 0
+    while at < len(text):
+        row, end = json.JSONDecoder().raw_decode(text, at)
+        rows += row if isinstance(row, list) else [row]
+        space = _SPACE.match(text, end)
+        at = space.end() if space else end
+    return {name: [row.get(name) if isinstance(row, dict) else row for row in rows] for name in names}
 
 
 def _table(path: Path, kind: str, **options: Any) -> Any:
@@ -182,6 +210,27 @@ def _table(path: Path, kind: str, **options: Any) -> Any:
 def _csv_options(path: Path, named: Sequence[str | None]) -> dict[str, Any]:
     """Only the wanted columns, every cell as it is written: an id "007" stays one, a text "NA" is a text."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        header, rows = _header_and_rows(path, separator)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as csv: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    _check_columns(path, header, named)
+    if not rows:
+        raise ValueError(f"{path}: the file has no rows")
+    wanted = _wanted(header, named)
+    return {
+        "sep": separator,
+        "usecols": wanted,
+        "converters": dict.fromkeys(wanted, str),
+        "na_filter": False,
+    }
+
+
+def _header_and_rows(path: Path, separator: str) -> tuple[list[str], int]:
+    """The header and the number of rows that are not blank. ValueError for a row of another length."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator)
         header, rows = next(reader, []), 0
@@ -193,16 +242,7 @@ def _csv_options(path: Path, named: Sequence[str | None]) -> dict[str, Any]:
                     f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the header, "
                     f"got {len(row)}"
                 )
-    _check_columns(path, header, named)
-    if not rows:
-        raise ValueError(f"{path}: the file has no rows")
-    wanted = _wanted(header, named)
-    return {
-        "sep": separator,
-        "usecols": wanted,
-        "converters": dict.fromkeys(wanted, str),
-        "na_filter": False,
-    }
+    return header, rows
 
 
 def _check_parquet(path: Path) -> None:

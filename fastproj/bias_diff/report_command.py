@@ -42,6 +42,7 @@ def report(
         from fastproj.files import require_writable, write_atomically
         from fastproj.influence.scores import Scores as Table
 
+        shared.keep_inputs(output, scores, train, selection)
         require_writable(output)
         if train is None and biased is not None:
             raise ValueError("--biased names a label in the samples: give them with --train")

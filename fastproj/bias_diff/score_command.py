@@ -78,9 +78,12 @@ def score(
     with shared.errors_in_one_line():
         files = parse_probes(probe)
         kind = parse_sketch(sketch)
-        check_output(output, resume=resume)
+        states = checkpoint or []
+        check_options(kind, seed, states, less=less and optimizer is None)
+        folder = None if kind is None else shared.sketch_folder(output)
+        check_output(output, folder, resume=resume)
         from fastproj.bias_diff.records import read_records
-        from fastproj.bias_diff.scoring import Scoring, sketch_folder
+        from fastproj.bias_diff.scoring import Scoring
 
         records = read_records(train, text_column=text_column, id_column=id_column, label_column=label_column)
         own = label_column if loss is shared.Loss.CLASSIFICATION else None
@@ -88,7 +91,6 @@ def score(
             name: read_records(file, text_column=probe_column or text_column, label_column=own)
             for name, file in files.items()
         }
-        states = checkpoint or []
         first = adapter or next((path for path in states if (path / "adapter_config.json").is_file()), None)
         chosen = params or (shared.Params.TRAINABLE if first is None else shared.Params.LORA)
         scoring = Scoring(
@@ -106,7 +108,6 @@ def score(
         began = time.perf_counter()
         scores = scoring.run(records, probes, output, sketch=kind)
         seconds = time.perf_counter() - began
-        folder = None if kind is None else sketch_folder(output)
     if as_json:
         record = {"output": str(output), "samples": len(scores), "names": scores.names, "seconds": seconds}
         typer.echo(json.dumps({**record, "sketches": None if folder is None else str(folder)}))
@@ -138,10 +139,22 @@ def parse_sketch(value: str | None) -> tuple[str, int] | None:
     return kind, int(dimension)
 
 
-def check_output(output: Path, *, resume: bool) -> None:
+def check_options(kind: tuple[str, int] | None, seed: int, states: Sequence[Path], *, less: bool) -> None:
+    """Raises ValueError for what would be met only once all samples are scored, or not at all."""
+    if kind is not None:
+        from fastproj.bindings.sketch import check_numbers
+
+        check_numbers(kind[1], seed, kind[0], 0)
+        if states:
+            raise ValueError("--sketch: sketches are of one state of the model, give no --checkpoint")
+    if less and not states:
+        raise ValueError("--less is a form of Adam's update: give --optimizer, or --checkpoint")
+
+
+def check_output(output: Path, sketches: Path | None = None, *, resume: bool) -> None:
     """Raises ValueError where rows are there and none were asked for, OSError where none can be written."""
     leftovers = sorted(output.parent.glob(f"{escape(output.name)}.*")) if output.parent.is_dir() else []
-    there = [path for path in (output, *leftovers) if path.exists()]
+    there = [path for path in (output, *leftovers, sketches) if path is not None and path.exists()]
     if there and not resume:
         raise ValueError(f"{there[0]} is there already: go on with --resume, or remove it")
     require_writable(output)

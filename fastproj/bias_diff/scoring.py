@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastproj.bias_diff.commands import Loaded, progress
+from fastproj.bias_diff.commands import Loaded, fitting_length, progress, sketch_folder
 from fastproj.bias_diff.encoding import Task, encode, pad_token
 from fastproj.bias_diff.records import Records
 from fastproj.bias_diff.training import mask_tokens
 from fastproj.influence.batches import TokenBatches
-from fastproj.influence.fingerprint import rows_fingerprint
+from fastproj.influence.durable import Lock
+from fastproj.influence.fingerprint import model_fingerprint, rows_fingerprint
+from fastproj.influence.parts import LOCK_NAME, MANIFEST_NAME, own_files
 from fastproj.influence.references import References
 from fastproj.influence.scorer import InfluenceScorer
 from fastproj.influence.scores import Scores
@@ -98,8 +101,11 @@ class Scoring:
         A run that goes on takes them from there: computed anew, they may differ by rounding on a GPU.
         """
         samples = {name: self._samples(own) for name, own in probes.items()}
-        digest = rows_fingerprint([list(samples), *(row for own in samples.values() for row in own)])
-        file = output.with_name(f"{output.name}.references-{digest[:8]}")
+        # Those of other weights would be taken for these where a run ended before it wrote a row.
+        weights = [model_fingerprint(scorer.model) for _ in scorer.states()]
+        rows = [row for own in samples.values() for row in own]
+        digest = rows_fingerprint([self.loss, self.params, weights, list(samples), *rows])
+        file = output.with_name(f"{output.name}.references-{digest[:16]}")
         resumed = file.is_file()
         if resumed:
             references = References.load(file)
@@ -112,13 +118,16 @@ class Scoring:
         except ValueError:
             if not resumed:  # refused: there is nothing that these belong to
                 file.unlink()
+            _remove_without_rows(output)
             raise
-        file.unlink()
+        for own in output.parent.glob(f"{escape(output.name)}.references-*"):
+            own.unlink()
 
     def _samples(self, records: Records) -> list[dict[str, Any]]:
         """Token ids of every record; for a masked model with masks that the seed decides."""
         tokenizer = self.loaded.tokenizer
-        samples = encode(records, tokenizer, task=self.loss, max_length=self.max_length)
+        length = fitting_length(self.loaded, self.max_length)
+        samples = encode(records, tokenizer, task=self.loss, max_length=length)
         if self.loss != "masked-lm":
             return samples
         generator = torch.Generator().manual_seed(self.seed)
@@ -133,6 +142,14 @@ class Scoring:
         return TokenBatches(samples, pad_token_id=pad, max_tokens=self.batch_tokens)
 
 
-def sketch_folder(output: Path) -> Path:
-    """Where the sketches of the samples scored in ``output`` go."""
-    return output.with_suffix(".sketches")
+def _remove_without_rows(output: Path) -> None:
+    """Remove the folders for parts that a refused run left with nothing in them."""
+    for folder in output.parent.glob(f"{escape(output.name)}.*parts"):
+        with suppress(OSError):  # another process writes there, or the user keeps something
+            lock = Lock(folder / LOCK_NAME)
+            if own_files(folder):
+                lock.release()
+                continue
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            lock.remove()
+            folder.rmdir()

@@ -61,13 +61,25 @@ class SeatResult:
 def read_seat_test(path: Path) -> SeatTest:
     """A test of the published layout: JSON objects targ1, targ2, attr1, attr2, each with a list ``examples``.
 
-    Raises ValueError where one is missing or empty.
+    Raises ValueError where the file is no such JSON, or one is missing, empty or holds other than texts.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    missing = [name for name in _SETS if not data.get(name, {}).get("examples")]
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    sets = [_examples(data, name) for name in _SETS]
+    missing = [name for name, texts in zip(_SETS, sets, strict=True) if not texts]
     if missing:
         raise ValueError(f"{path}: expected {', '.join(_SETS)} with examples, got none for {missing[0]}")
-    return SeatTest(*(tuple(data[name]["examples"]) for name in _SETS))
+    return SeatTest(*sets)
+
+
+def _examples(data: Any, name: str) -> tuple[str, ...]:
+    """The texts of a set; none where the layout is another."""
+    own = data.get(name) if isinstance(data, dict) else None
+    texts = own.get("examples") if isinstance(own, dict) else None
+    whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return tuple(texts) if texts is not None and whole else ()
 
 
 def seat(

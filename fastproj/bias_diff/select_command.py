@@ -32,6 +32,9 @@ def select(
 ) -> None:
     """Select the samples with the highest scores, strongest first."""
     with shared.errors_in_one_line():
+        if output.suffix.lower() not in (".json", ".txt"):
+            raise ValueError(f"--output: expected a name that ends in .json or .txt, got {output}")
+        shared.keep_inputs(output, scores)
         from fastproj.files import write_atomically
         from fastproj.influence.scores import Scores as Table
         from fastproj.influence.select import select as choose

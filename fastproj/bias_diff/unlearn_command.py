@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,17 +122,18 @@ def _npo(forget: Records, retain: Records | None, **options: Any) -> Work:
     config = NPOConfig(**options)
 
     def work(loaded: shared.Loaded) -> tuple[Any, dict[str, Any]]:
+        used = replace(config, max_length=shared.fitting_length(loaded, config.max_length))
         with shared.progress("unlearning") as show:
             steps = run(
                 loaded.model,
                 loaded.tokenizer,
                 forget,
                 retain,
-                config,
+                used,
                 on_step=lambda step, total, _: show(step, total),
             )
         details = {"losses": [step.loss for step in steps], "log_ratios": [step.log_ratio for step in steps]}
-        return loaded.model, {"method": "npo", "config": asdict(config), **details}
+        return loaded.model, {"method": "npo", "config": asdict(used), **details}
 
     return work
 
@@ -143,15 +144,16 @@ def _retraining(retain: Records, adapter: Path | None, rank: int, **options: Any
     config = FineTuneConfig(**options)
 
     def work(loaded: shared.Loaded) -> tuple[Any, dict[str, Any]]:
+        used = replace(config, max_length=shared.fitting_length(loaded, config.max_length))
         if adapter is None:
             model = add_adapter(loaded.model, task=config.task, rank=rank, alpha=2 * rank, seed=config.seed)
         else:
             model = _adapter_like(loaded.model, adapter, config.seed)
         with shared.progress("retraining") as show:
             done = fine_tune(
-                model, loaded.tokenizer, retain, config, on_step=lambda step, total, _: show(step, total)
+                model, loaded.tokenizer, retain, used, on_step=lambda step, total, _: show(step, total)
             )
-        return model, {"method": "retrain", "config": asdict(config), "losses": list(done.losses)}
+        return model, {"method": "retrain", "config": asdict(used), "losses": list(done.losses)}
 
     return work
 

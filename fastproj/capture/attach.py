@@ -140,14 +140,17 @@ class Capture:
         finished.use(weights, consume)
         return finished
 
-    def observe(self, loss: Tensor, samples: int, sink_for: Callable[[ForwardPass], Sink]) -> None:
+    def observe(self, loss: Tensor, samples: int, sink_for: Callable[[ForwardPass], Sink]) -> Sink:
         """End the running forward pass: its backward hands single samples' gradients to a sink.
 
-        ``loss`` is the sum of the ``samples`` losses; nothing is accumulated in captured parameters. Raises
-        RuntimeError where no captured layer has run since the last loss.
+        ``loss`` is the sum of the ``samples`` losses; nothing is accumulated in captured parameters. Returns
+        the sink, to be told when backward is over. Raises RuntimeError where no captured layer has run since
+        the last loss.
         """
         finished = self._finish(loss)
-        finished.observe(sink_for(finished), samples)
+        sink = sink_for(finished)
+        finished.observe(sink, samples)
+        return sink
 
     def _finish(self, loss: Tensor) -> ForwardPass:
         finished = self._current

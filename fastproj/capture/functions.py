@@ -30,6 +30,9 @@ class Sink(Protocol):
     def scatter(self, parameter: nn.Parameter, indices: Tensor, delta: Tensor) -> None:
         """A call's share of sample i has ``Σ δ_it`` over the tokens of an index in that index's row."""
 
+    def finish(self) -> None:
+        """The backward pass is over; calls that it did not come to have no share in the loss."""
+
 
 @dataclass
 class ForwardPass:

@@ -22,7 +22,7 @@ class Consumer(Protocol):
         """
 
     def gradient(self, parameter: nn.Parameter, sample: int, gradient: Tensor) -> None:
-        """The gradient of one sample, in the parameter's shape."""
+        """The gradient of one sample, in the parameter's shape, fp32 or fp64."""
 
 
 class PerSample:
@@ -48,9 +48,16 @@ class PerSample:
         self._waiting.setdefault(parameter, []).append((x, delta))
         if not self._is_last(parameter):
             return
+        self._hand_over(parameter)
+
+    def finish(self) -> None:
+        """See :class:`fastproj.capture.functions.Sink`."""
+        for parameter in list(self._waiting):
+            self._hand_over(parameter)
+
+    def _hand_over(self, parameter: nn.Parameter) -> None:
         calls = self._waiting.pop(parameter)
-        if len(calls) > 1:
-            x, delta = (torch.cat(each, 1) for each in zip(*calls, strict=True))
+        x, delta = calls[0] if len(calls) == 1 else (torch.cat(each, 1) for each in zip(*calls, strict=True))
         with torch.autocast(delta.device.type, enabled=False):
             self._consumer.contraction(parameter, x, delta)
 
@@ -62,9 +69,10 @@ class PerSample:
                 "tied and shared tables have no sample gradients here; freeze it or choose params='lora'"
             )
         self._is_last(parameter)
+        wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
         for sample in range(indices.shape[0]):
-            gradient = delta.new_zeros(parameter.shape)
-            rows = delta[sample].reshape(-1, delta.shape[-1])
+            gradient = delta.new_zeros(parameter.shape, dtype=wide)
+            rows = delta[sample].reshape(-1, delta.shape[-1]).to(wide)
             gradient.index_add_(0, indices[sample].reshape(-1), rows)
             self._consumer.gradient(parameter, sample, gradient)
 

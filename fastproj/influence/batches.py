@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+# What a sample may have for each token, and what padding has.
+PER_TOKEN = {"attention_mask": 0, "token_type_ids": 0}
 
 
 class TokenBatches:
     """Padded batches of at most ``max_tokens`` tokens, padding counted, longest samples first.
 
-    Samples are mappings with ``input_ids`` and, where there are some, ``labels`` (a list as long as the ids,
-    or one class) and ``id``; ids default to row numbers. The longest batch comes first, so that a batch that
-    does not fit into memory is met at once. Iterating twice gives the same batches, as resuming needs it.
+    Samples are mappings with ``input_ids`` and, where there are some, ``attention_mask`` (else all ones),
+    ``token_type_ids``, ``labels`` (a list as long as the ids, or one class) and ``id``, else row numbers. The
+    longest batch comes first, so that a batch that does not fit into memory is met at once. Iterating twice
+    gives the same batches, as resuming needs it.
 
-    Raises ValueError where there is no sample, a sample is empty, or the budget is not positive.
+    Raises ValueError where there is no sample, a sample is empty, or the budget is not positive, and on
+    iterating where a list is not as long as the ids.
     """
 
     def __init__(
@@ -57,11 +61,24 @@ class TokenBatches:
             "input_ids": _padded(ids, self.pad_token_id),
             "attention_mask": _padded([[1] * len(row) for row in ids], 0),
         }
+        for key, value in PER_TOKEN.items():
+            if key in samples[0]:
+                batch[key] = _padded([self._per_token(row, key) for row in rows], value)
         if "labels" in samples[0]:
-            labels = [sample["labels"] for sample in samples]
-            whole = isinstance(labels[0], int)
-            batch["labels"] = torch.tensor(labels) if whole else _padded(labels, IGNORE_INDEX)
+            if torch.as_tensor(samples[0]["labels"]).dim():
+                batch["labels"] = _padded([self._per_token(row, "labels") for row in rows], IGNORE_INDEX)
+            else:
+                batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
         return batch
+
+    def _per_token(self, row: int, key: str) -> Sequence[int]:
+        values: Sequence[int] = self.samples[row][key]
+        tokens = len(self.samples[row]["input_ids"])
+        if len(values) != tokens:
+            raise ValueError(
+                f"expected {tokens} {key} in sample {row}, one for each token, got {len(values)}"
+            )
+        return values
 
 
 def _batches(lengths: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:

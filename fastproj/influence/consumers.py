@@ -73,7 +73,9 @@ class SketchConsumer:
         step = max(1, MOST_ELEMENTS // parameter.numel())
         for first in range(0, x.shape[0], step):
             rows = slice(first, first + step)
-            self._add(parameter, per_sample_grad(x[rows], delta[rows]).flatten(1), rows)
+            # The result has the wider dtype: Adam's second moments are beyond what fp16 holds.
+            gradients = per_sample_grad(x[rows], delta[rows].to(self.sketches.dtype))
+            self._add(parameter, gradients.flatten(1), rows)
 
     def gradient(self, parameter: nn.Parameter, sample: int, gradient: Tensor) -> None:
         """See :class:`fastproj.capture.per_sample.Consumer`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ def _labels(batch: Mapping[str, Any], causal: bool) -> Tensor:
     ids: Tensor = batch["input_ids"]
     mask = batch.get("attention_mask")
     return ids if mask is None else torch.where(mask.bool(), ids, IGNORE_INDEX)
+
+
+def loss_name(loss: str | SampleLoss, reduction: str) -> str:
+    """What tells losses apart from one run to the next: for a callable its module and name."""
+    if isinstance(loss, str):
+        return f"{loss}, {reduction}"
+    if isinstance(loss, partial):
+        return f"{loss_name(loss.func, reduction)} with {loss.args!r}, {loss.keywords!r}"
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def check_losses(losses: Any, samples: int) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastproj.influence.fingerprint import model_fingerprint, rows_fingerprint, tensors_fingerprint
+from fastproj.influence.loaders import SameBatches
 from fastproj.influence.manifest import Manifest
 from fastproj.influence.references import References
 from fastproj.influence.scores import Scores
@@ -37,7 +38,8 @@ def score_to_disk(
     Of several checkpoints each has its own file, ``<path>.checkpoint-<t>``, which stays; ``path`` is their
     weighted sum.
     """
-    data = rows_fingerprint(loader)
+    batches = SameBatches(loader)
+    data = batches.fingerprint()
     single = not scorer.checkpoints
     found: list[Scores] = []
     weights: list[float] = []
@@ -46,7 +48,7 @@ def score_to_disk(
         options = {"normalize": str(normalize), "references": tensors_fingerprint(references.gradients[t])}
         manifest = _manifest(scorer, data, t, options)
         with ScoreWriter(own, manifest, references.names) as writer:
-            rows = scorer.score_batches(loader, references, t, normalize=normalize, held=writer.holds)
+            rows = scorer.score_batches(batches, references, t, normalize=normalize, held=writer.holds)
             _append(writer, rows, progress)
             writer.finish()
         found.append(Scores.load(own))
@@ -75,10 +77,11 @@ def sketch_to_disk(
             f"sketches are of one state of the model, got {len(scorer.checkpoints)} checkpoints: load one, "
             "and sketch each into a folder of its own"
         )
-    origin = _manifest(scorer, rows_fingerprint(loader), 0, {})
+    batches = SameBatches(loader)
+    origin = _manifest(scorer, batches.fingerprint(), 0, {})
     manifest = replace(origin, content="sketches", kind=kind, seed=seed, dimension=dimension)
     with SketchWriter(path, manifest) as writer:
-        rows = scorer.sketch_batches(loader, dimension, kind=kind, seed=seed, held=writer.holds)
+        rows = scorer.sketch_batches(batches, dimension, kind=kind, seed=seed, held=writer.holds)
         _append(writer, rows, progress)
         return writer.finish()
 
@@ -97,10 +100,10 @@ def _manifest(scorer: InfluenceScorer, data: str, checkpoint: int, options: Mapp
     moments: dict[str, Tensor] = {}
     constants: set[str] = set()
     for parameter, state in (adam or {}).items():
-        fields = asdict(state)
+        own = {field.name: getattr(state, field.name) for field in fields(state)}
         for moment in ("exp_avg", "exp_avg_sq"):
-            moments[f"{names[parameter]}.{moment}"] = fields.pop(moment)
-        constants.add(repr(fields))
+            moments[f"{names[parameter]}.{moment}"] = own.pop(moment)
+        constants.add(repr(own))
     return Manifest(
         content="scores",
         model=model_fingerprint(scorer.model, without=scorer.parameters),
@@ -111,5 +114,17 @@ def _manifest(scorer: InfluenceScorer, data: str, checkpoint: int, options: Mapp
             "loss": scorer.loss_name,
             "optimizer": tensors_fingerprint(moments) if moments else "none",
             "adam": "; ".join(sorted(constants)) or "none",
+            "autocast": _autocast(next(iter(scorer.parameters.values())).device.type),
+            "scaling": rows_fingerprint([_scaling(scorer.model)]),
         },
     )
+
+
+def _autocast(kind: str) -> str:
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "none"
+
+
+def _scaling(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What LoRA multiplies each adapter of each layer by, which no weight tells."""
+    scalings = {name: getattr(module, "scaling", None) for name, module in model.named_modules()}
+    return {name: own for name, own in scalings.items() if isinstance(own, dict)}

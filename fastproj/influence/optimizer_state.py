@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from fastproj.reference.adam import AdamState, Variant
 
 OptimizerSource = torch.optim.Optimizer | str | Path
-# What transformers.Trainer keeps out of weight decay, and so in its second group.
-NOT_DECAYED = ("bias", "layernorm", "rmsnorm", "norm.", "_norm", ".norm")
+# What transformers.Trainer keeps out of weight decay, and so in its second group; nn.LayerNorm too.
+NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")
 
 
 def adam_states(
@@ -88,7 +89,13 @@ def _saved_groups(saved: Mapping[str, Any], model: nn.Module) -> Groups:
 def _names_by_order(sizes: Sequence[int], model: nn.Module) -> list[list[str]]:
     """Trainable parameters as one group, or as the Trainer's two: decayed and not, each in model order."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    plain = [n for n in trainable if any(part in n.lower() for part in NOT_DECAYED)]
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if prefix and isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    plain = [name for name in trainable if name in norms or NOT_DECAYED.search(name.lower())]
     decayed = [n for n in trainable if n not in plain]
     for names in ([trainable], [decayed, plain]):
         if [len(own) for own in names] == list(sizes):
@@ -104,6 +111,9 @@ def _adam_state(
 ) -> AdamState:
     if "betas" not in options or "eps" not in options:
         raise ValueError(f"expected the state of Adam or AdamW, with betas and eps, got {sorted(options)}")
+    # RAdam and NAdam keep moments of the same names, and lack the option that all forms of torch's Adam have.
+    if "decoupled_weight_decay" in options and "amsgrad" not in options:
+        raise ValueError("expected the state of Adam or AdamW, got that of RAdam or NAdam")
     for option in ("amsgrad", "maximize"):
         if options.get(option):
             raise ValueError(f"expected Adam or AdamW without {option}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ def measured(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator
     """Evaluation mode and nothing but ``selected`` trainable, with ``.grad`` and modes given back at the end.
 
     Modules under gradient checkpointing stay in training mode by themselves, since transformers checkpoints
-    in training mode alone; those that drop out in their own forward do not, and are run without it.
+    in training mode alone; those that drop out or skip layers themselves, at a rate of their own or of their
+    config, do not, and are run without it.
     """
     modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -39,5 +41,8 @@ def measured(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator
 
 
 def _drops_out(module: nn.Module) -> bool:
-    values = {key: value for key, value in vars(module).items() if "drop" in key}
-    return any(isinstance(value, float) and value > 0 for value in values.values())
+    rates = vars(module)
+    methods = [inspect.unwrap(own) for own in vars(type(module)).values() if inspect.isfunction(own)]
+    if any("training" in method.__code__.co_names for method in methods):
+        rates = {**getattr(getattr(module, "config", None), "__dict__", {}), **rates}
+    return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in rates.items())

@@ -35,6 +35,20 @@ class References:
         ]
         return torch.stack(squares).sqrt()
 
+    def minus(self, name: str) -> References:
+        """``R_m − R_name`` for every other probe: what sets them apart from that one.
+
+        Gradients of any two texts of a kind have much in common. With the mean gradient of texts that are as
+        they should be taken off, a score asks for the probe's own part alone. Raises ValueError for an
+        unknown name, or where no other is left.
+        """
+        if name not in self.names or len(self.names) < 2:
+            raise ValueError(f"expected one of {', '.join(self.names)} and another beside it, got {name!r}")
+        at = self.names.index(name)
+        others = [row for row in range(len(self.names)) if row != at]
+        gradients = tuple({key: g[others] - g[at] for key, g in own.items()} for own in self.gradients)
+        return References(tuple(self.names[row] for row in others), gradients)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; an existing one is replaced once the new one is whole."""
         from safetensors.torch import save

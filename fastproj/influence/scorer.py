@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +15,10 @@ from fastproj.bindings.sketch import sketch
 from fastproj.capture.attach import Capture
 from fastproj.capture.per_sample import Consumer, PerSample
 from fastproj.capture.select import select_parameters
-from fastproj.influence.checkpoints import Checkpoint, weights_restored
+from fastproj.influence.checkpoints import Checkpoint, require_alike, weights_restored
 from fastproj.influence.consumers import ScoreConsumer, SketchConsumer
-from fastproj.influence.losses import SampleLoss, check_losses, sample_loss
+from fastproj.influence.loaders import ID, Batch, SameBatches, batch_ids, batch_size
+from fastproj.influence.losses import SampleLoss, check_losses, loss_name, sample_loss
 from fastproj.influence.optimizer_state import OptimizerSource, adam_states
 from fastproj.influence.quiet import measured
 from fastproj.influence.references import References
@@ -26,10 +28,8 @@ from fastproj.reference.adam import AdamState
 if TYPE_CHECKING:
     from fastproj.influence.store import SketchStore
 
-Batch = Mapping[str, Any]
 Loader = Iterable[Batch]
 Held = Callable[[int, int], bool]
-ID = "id"
 
 
 class Rows(NamedTuple):
@@ -67,8 +67,8 @@ class InfluenceScorer:
     under the caller's autocast. The model may be wrapped by PEFT and use gradient checkpointing.
 
     Raises ValueError where parameters lie in layers that cannot be captured, or where samples meet in the
-    forward pass, so that there is no gradient of a single one. Source: Xia et al., "LESS", ICML 2024,
-    section 3.
+    forward pass, so that there is no gradient of a single one; reentrant checkpointing hides the latter.
+    Source: Xia et al., "LESS", ICML 2024, section 3.
     """
 
     def __init__(
@@ -89,10 +89,11 @@ class InfluenceScorer:
         self.model = model
         self.parameters = select_parameters(model, params)
         self.checkpoints = tuple(c if isinstance(c, Checkpoint) else Checkpoint.read(c) for c in checkpoints)
-        self.loss_name = f"{getattr(loss, '__qualname__', loss)}, {reduction}"
+        require_alike(self.checkpoints)
+        self.loss_name = loss_name(loss, reduction)
         self._loss = sample_loss(loss, reduction)
         self._optimizer, self._variant = optimizer, adam_variant
-        self._verified: set[frozenset[str]] = set()
+        self._verified: dict[frozenset[str], int] = {}
 
     def reference(self, probes: Loader | Mapping[str, Loader]) -> References:
         """The mean gradient of a probe, named "probe", or of each of several under its name.
@@ -121,12 +122,15 @@ class InfluenceScorer:
     ) -> Scores:
         """The influence of every sample of ``loader`` on every reference, in the loader's order.
 
-        ``normalize`` takes cosines, else dot products; a sample or reference without any gradient scores 0.
-        Ids are the batches' ``id``, else row numbers. ``aggregate`` makes one column of all references.
+        ``normalize`` takes cosines, else dot products; a score is 0 where ``|R_m|`` or ``|Γ(z)|`` is (with
+        Adam's moments Γ of a sample without gradient is not). Ids are the batches' ``id``, else row numbers.
+        ``aggregate`` makes one column of all references, of what is returned and not of ``out``.
         ``progress`` is called with the number of rows done after each batch. With ``out`` the scores are a
         Parquet file that grows part by part: killed, the same call goes on where it was, and refuses what was
-        made from another model, data or option (see :class:`fastproj.influence.writer.ScoreWriter`). The
-        loader must give the same batches each time then, and where there are several checkpoints.
+        made from another model, data or option (see :class:`fastproj.influence.writer.ScoreWriter`); a loss
+        that is a callable counts by its name there. With ``out`` or several checkpoints the loader is gone
+        through more than once: raises TypeError for an iterator, ValueError where it gives other batches.
+        Raises ValueError where it gives none.
         """
         if out is None:
             scores = self._score(loader, references, normalize, progress)
@@ -149,6 +153,8 @@ class InfluenceScorer:
     ) -> Scores:
         ids: list[str] = []
         total = torch.zeros((), dtype=torch.float64)
+        if len(self.checkpoints) > 1:
+            loader = SameBatches(loader)
         for t, weight in enumerate(self.states()):
             names: list[str] = []
             values = [torch.zeros(0, len(references.names), dtype=torch.float64)]
@@ -157,8 +163,6 @@ class InfluenceScorer:
                 values.append(weight * rows.values)
                 if progress is not None:
                     progress(len(names))
-            if t and names != ids:
-                raise ValueError("the loader gave other samples the second time: it must not shuffle")
             ids, total = names, total + torch.cat(values)
         return Scores(tuple(ids), references.names, total.float())
 
@@ -235,6 +239,7 @@ class InfluenceScorer:
         self, references: References, dimension: int, *, kind: str = "srht", seed: int = 0
     ) -> Tensor:
         """``P R_m`` for the references of the model as it is, (M, dimension), to ask sketches with."""
+        references.check(self.parameters, 1)
         own = references.gradients[0]
         shards = [own[name].cpu() for name in self.parameters]
         return sketch(shards, dimension, seed=seed, kind=kind)
@@ -244,7 +249,7 @@ class InfluenceScorer:
         if not self.checkpoints:
             yield 1.0
             return
-        with weights_restored(self.model):
+        with weights_restored(self.model, whole=any(not own.is_adapter for own in self.checkpoints)):
             for checkpoint in self.checkpoints:
                 checkpoint.load(self.model)
                 yield checkpoint.learning_rate
@@ -259,18 +264,18 @@ class InfluenceScorer:
 
     def _mean_gradient(self, name: str, loader: Loader) -> dict[str, Tensor]:
         samples = 0
+        sums = {key: torch.zeros_like(p, dtype=_wide(p)) for key, p in self.parameters.items()}
         for batch in loader:
             losses = self.losses(batch)
-            _backward(losses.sum())
+            _backward(self._reached(losses.sum()))
             samples += losses.shape[0]
+            for key, parameter in self.parameters.items():
+                if parameter.grad is not None:  # in bf16 a long sum would come to a halt
+                    sums[key] += parameter.grad
+                parameter.grad = None
         if not samples:
             raise ValueError(f"the loader of probe {name!r} yielded no batch")
-        gradients = {}
-        for key, parameter in self.parameters.items():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients[key] = gradient.to(_wide(parameter)) / samples
-            parameter.grad = None
-        return gradients
+        return {key: total.div_(samples) for key, total in sums.items()}
 
     def passes(
         self, loader: Loader, consumer_for: Callable[[int], Any], held: Held = nothing
@@ -283,16 +288,19 @@ class InfluenceScorer:
         names = {parameter: name for name, parameter in self.parameters.items()}
         stop = 0
         for batch in loader:
-            start, stop = stop, stop + _samples(batch)
+            start, stop = stop, stop + batch_size(batch)
             if held(start, stop):
                 continue
+            ids = batch_ids(batch, start, stop)
             with measured(self.model, self.parameters):
                 capture = Capture(self.model, self.parameters)
                 try:
                     consumer: Consumer = self._one_pass(capture, batch, consumer_for, names)
                 finally:
                     capture.detach()
-            yield start, [str(i) for i in batch.get(ID, range(start, stop))], consumer
+            yield start, ids, consumer
+        if not stop:
+            raise ValueError("the loader yielded no batch")
 
     def _one_pass(
         self,
@@ -305,22 +313,35 @@ class InfluenceScorer:
         samples = losses.shape[0]
         total = losses.sum()
         obstacles = capture.obstacles(samples)
-        if not obstacles and capture.signature not in self._verified:
+        # A batch of one tells nothing of samples that meet, nor does a loss without a gradient.
+        if not obstacles and min(samples, 2) > self._verified.get(capture.signature, 0):
             worst = int(losses.detach().argmax())
-            obstacles = capture.verify(total, losses[worst], worst, samples)
-            self._verified.add(capture.signature)
+            obstacles = capture.verify(self._reached(total), losses[worst], worst, samples)
+            value = losses[worst].item()
+            if value and math.isfinite(value):
+                self._verified[capture.signature] = min(samples, 2)
         if obstacles:
             raise ValueError(f"no gradients of single samples here: {'; '.join(map(str, obstacles))}")
         consumer = consumer_for(samples)
-        capture.observe(total, samples, lambda forward: PerSample(consumer, forward.reads, names))
-        _backward(total)
+        sink = capture.observe(total, samples, lambda forward: PerSample(consumer, forward.reads, names))
+        _backward(self._reached(total))
+        sink.finish()
         return consumer
 
+    def _reached(self, loss: Tensor) -> Tensor:
+        if loss.requires_grad:
+            return loss
+        raise ValueError(
+            f"the loss depends on none of the {len(self.parameters)} parameters, such as "
+            f"{next(iter(self.parameters))!r}: expected their adapter to be active"
+        )
+
     def losses(self, batch: Batch) -> Tensor:
+        samples = batch_size(batch)
         device = next(iter(self.parameters.values())).device
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         outputs = self.model(**{k: v for k, v in moved.items() if k not in (ID, "labels")})
-        return check_losses(self._loss(outputs, moved), _samples(batch))
+        return check_losses(self._loss(outputs, moved), samples)
 
 
 def _backward(loss: Tensor) -> None:
@@ -329,13 +350,6 @@ def _backward(loss: Tensor) -> None:
     outside = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with outside:
         loss.backward()
-
-
-def _samples(batch: Batch) -> int:
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    raise ValueError(f"expected a batch with a tensor of samples, got the keys {sorted(batch)}")
 
 
 def _wide(parameter: Tensor) -> torch.dtype:

@@ -13,9 +13,9 @@ def per_sample_grad(x: Tensor, delta: Tensor) -> Tensor:
     the result is (B, d_out, d_in), fp64.
     """
     samples, d_in, d_out = x.shape[0], x.shape[-1], delta.shape[-1]
+    tokens = x.shape[1:-1].numel()
     out = torch.zeros(samples, d_out, d_in, dtype=torch.float64, device=x.device)
     for i in range(samples):
-        tokens = x[i].numel() // d_in if d_in else 0
         x_i = x[i].to(torch.float64).reshape(tokens, d_in)
         delta_i = delta[i].to(torch.float64).reshape(tokens, d_out)
         out[i] = delta_i.T @ x_i

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from bias_diff_files import PROBE, Files, make_files
 from click.testing import Result
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fastproj.bias_diff.commands import one_line, read_selection
@@ -186,7 +188,7 @@ def test_resuming_another_run_is_refused(files: Files, tmp_path: Path) -> None:
     )
     assert "normalize" in refusal(2, "score", *files.scoring, "--dot", "--output", output, "--resume")
     assert output.read_bytes() == before
-    assert not list(tmp_path.glob("*.references-*"))
+    assert sorted(tmp_path.iterdir()) == [output], "a refusal leaves nothing behind"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,8 @@ def test_resuming_another_run_is_refused(files: Files, tmp_path: Path) -> None:
         (["--optimizer", "nowhere.pt"], "nowhere.pt"),
         (["--params", "trainable", "--loss", "masked-lm"], "model"),
         (["--device", "toaster"], "device toaster"),
+        (["--sketch", "sjlt:100"], "power of two"),
+        (["--sketch", "srht:64", "--checkpoint", "anywhere"], "give no --checkpoint"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -208,6 +212,62 @@ def test_what_does_not_fit_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in refusal(2, "score", *files.scoring, *changed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there_to_be_used_is_refused(files: Files, tmp_path: Path) -> None:
+    data = ["--train", files.train, "--probe", files.probe, "--output", tmp_path / "s.parquet"]
+    told = refusal(2, "score", files.model, "--adapter", files.adapter, "--less", *data)
+    assert "--less is a form of Adam's update" in told
+    (tmp_path / "s.sketches").mkdir()
+    told = refusal(2, "score", *files.scoring, "--sketch", "srht:64", "--output", tmp_path / "s.parquet")
+    assert "s.sketches is there already" in told
+
+
+def test_references_of_other_weights_are_not_taken_for_these(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is ended after its probes and before its first row; another adapter follows."""
+    output, whole = tmp_path / "scores.parquet", tmp_path / "whole.parquet"
+    first = files.folder / "run" / "checkpoint-5"
+    data = ["--train", files.train, "--probe", files.probe]
+    options = ["score", files.model, "--adapter", files.adapter, *data, "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(InfluenceScorer, "score", lambda *_, **__: (_ for _ in ()).throw(OSError("no disk")))
+        assert "no disk" in refusal(1, "score", files.model, "--adapter", first, *data, "--output", output)
+    assert list(tmp_path.glob("*.references-*"))
+    succeed(*options, output, "--resume")
+    succeed(*options, whole)
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [output, whole]
+
+
+def test_texts_are_cut_at_the_models_context(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "the man is lazy " * 20}) + "\n")
+    options = [*files.scoring, "--train", tmp_path / "long.jsonl", "--output", tmp_path / "scores.parquet"]
+    assert "1 samples scored" in succeed("score", *options)
+
+
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_an_adapter_of_another_model_is_refused(files: Files, tmp_path: Path, change: str) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(files.adapter, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(weights))
+    if change == "fewer":
+        del weights[name]
+    else:
+        weights[name.replace(".h.0.", ".h.9.")] = weights[name].clone()
+    save_file(weights, adapter / "adapter_model.safetensors")
+    data = ["--train", files.train, "--probe", files.probe, "--output", tmp_path / "s.parquet"]
+    told = refusal(2, "score", files.model, "--adapter", adapter, *data)
+    assert "is of another model: 1 weights" in told
+
+
+def test_a_masked_model_is_not_taken_for_a_causal_one(files: Files, tmp_path: Path) -> None:
+    tiny_text.masked_bert().save_pretrained(tmp_path)
+    tiny_text.tokenizer("bert").save_pretrained(tmp_path)
+    data = ["--train", files.train, "--probe", files.probe, "--output", tmp_path / "s.parquet"]
+    assert "give --loss masked-lm" in refusal(2, "score", tmp_path, *data)
 
 
 def test_a_model_that_is_none_is_refused_by_name(files: Files, tmp_path: Path) -> None:
@@ -296,12 +356,16 @@ def test_a_balanced_selection_and_its_text_file(scores: Path, tmp_path: Path) ->
         (["--count", "5"], "expected a count from 1 to 4"),
         (["--count", "1", "--fraction", "0.5"], "expected one of fraction and count"),
         (["--fraction", "0"], "expected a fraction above 0"),
+        (["--output", "selection.jsonl"], "ends in .json or .txt"),
+        (["--output", "scores.parquet"], "ends in .json or .txt"),
     ],
 )
 def test_select_refuses_what_cannot_be(
     scores: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    assert message in refusal(2, "select", scores, *options, "--output", tmp_path / "selection.json")
+    before = scores.read_bytes()
+    assert message in refusal(2, "select", scores, "--output", tmp_path / "selection.json", *options)
+    assert scores.read_bytes() == before
     assert not (tmp_path / "selection.json").exists()
 
 
@@ -312,7 +376,8 @@ def test_select_refuses_what_is_no_table_of_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.json", "{"), ("b.json", "{}"), ("c.json", "[]"), ("d.txt", "\n")]
+    ("name", "text"),
+    [("a.json", "{"), ("b.json", "{}"), ("c.json", "[]"), ("d.txt", "\n"), ("e.jsonl", '{"ids": ["s1"]}')],
 )
 def test_selections_without_ids_are_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)

@@ -113,6 +113,17 @@ def test_retraining_leaves_the_selection_out(files: Files, selection: Path, tmp_
     assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
 
 
+def test_unlearning_cuts_texts_at_the_models_context(files: Files, tmp_path: Path) -> None:
+    rows = [{"id": name, "text": "the man is lazy " * 20} for name in ("a", "b")]
+    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "ids.txt").write_text("a\n")
+    data = ["--train", tmp_path / "long.jsonl", "--selection", tmp_path / "ids.txt", "--json"]
+    for more in ([], ["--retrain"]):
+        output = tmp_path / f"out{len(more)}"
+        record = json.loads(succeed("unlearn", files.model, *data, *more, "--output", output))
+        assert record["config"]["max_length"] == 32
+
+
 def test_retraining_without_an_adapter_makes_one(files: Files, selection: Path, tmp_path: Path) -> None:
     output = tmp_path / "retrained"
     data = ["--train", files.train, "--selection", selection, "--output", output]
@@ -226,7 +237,7 @@ def test_evaluate_refuses_what_cannot_be_measured(files: Files, selection: Path,
     assert "no record has label 'yes'" in refusal("evaluate", *labels, "yes")
     assert "none.csv" in refusal("evaluate", files.model, "--crows-pairs-file", tmp_path / "none.csv")
     (tmp_path / "seat.json").write_text("[]")
-    assert "seat.json" in refusal("evaluate", files.model, "--seat", tmp_path / "seat.json")
+    assert "got none for targ1" in refusal("evaluate", files.model, "--seat", tmp_path / "seat.json")
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -264,4 +275,5 @@ def test_reports_refuse_what_does_not_fit(files: Files, scores: Path, tmp_path: 
     assert "give them with --train" in refusal("report", scores, "--biased", "1", *page)
     assert "20 of 20 ids are not there" in refusal("report", scores, "--train", files.other_probe, *page)
     assert "expected a fraction above 0" in refusal("report", scores, "--fraction", "2", *page)
+    assert "is what is read" in refusal("report", scores, "--train", files.train, "--output", files.train)
     assert not (tmp_path / "report.html").exists()

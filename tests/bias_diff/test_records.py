@@ -35,6 +35,25 @@ def test_tsv_jsonl_and_parquet(tmp_path: Path) -> None:
     assert read_records(tmp_path / "rows.parquet") == expected
 
 
+def test_json_strings_that_look_like_dates_stay_as_they_are(tmp_path: Path) -> None:
+    first, second = '{"id": "2024-01-31", "text": "2024-02-01"}', '{"id": "2024-02-29 10:00:00", "text": null}'
+    expected = Records(("2024-01-31", "2024-02-29 10:00:00"), ("2024-02-01", "b"))
+    second = second.replace("null", '"b"')
+    for name, text in (("rows.jsonl", f"{first}\n\n{second}\n"), ("rows.json", f"[{first},\n {second}]")):
+        assert read_records(written(tmp_path, name, text)) == expected
+    alone = written(tmp_path, "alone.jsonl", f"{first}\n")
+    assert read_records(alone) == Records(("2024-01-31",), ("2024-02-01",))
+
+
+def test_long_cells_are_read_and_other_encodings_refused_by_name(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    assert read_records(written(tmp_path, "rows.csv", f"text\n{text}\n")).texts == (text,)
+    for name, content in (("latin.csv", "text\n\xe9\n"), ("latin.jsonl", '{"text": "\xe9"}\n')):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"{name}: .*'utf-8' codec"):
+            read_records(tmp_path / name)
+
+
 def test_ids_are_row_numbers_where_there_are_none(tmp_path: Path) -> None:
     found = read_records(written(tmp_path, "rows.csv", "text\nb\na\n"))
     assert found == Records(("0", "1"), ("b", "a"))
@@ -63,6 +82,8 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ("rows.jsonl", '{"text": "a"}\n{"text": null}\n', {}, "expected a text in every row, got none in 1"),
         ("rows.csv", "id,text\n1,hello, you\n", {}, "line 2: expected 2 cells, as in the header, got 3"),
         ("rows.txt", "a", {}, "expected a file that ends in .jsonl"),
+        ("rows.jsonl", '{"text": ["a"]}\n', {}, "expected strings in column 'text', got list in 0"),
+        ("rows.jsonl", '{"text": 3}\n', {}, "expected strings in column 'text', got int in 0"),
     ],
 )
 def test_what_cannot_be_read_is_named(

@@ -60,6 +60,17 @@ def test_effect_and_p_value_against_brute_force(sizes: tuple[int, int, int, int]
         assert (found.partitions, found.exact) == (math.comb(len(s), n), True)
 
 
+@pytest.mark.parametrize("other", [[], None, "text", {"targ1": []}, {"targ1": {"examples": "text"}}, {"targ1": {"examples": [1]}}])
+def test_other_layouts_are_refused_by_name(tmp_path: Path, other: object) -> None:
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"test\.json: expected targ1, .* got none for targ1"):
+        read_seat_test(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"test\.json: no JSON"):
+        read_seat_test(path)
+
+
 def test_a_perfect_association() -> None:
     near, far = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     x, y = near.repeat(4, 1), far.repeat(4, 1)

@@ -59,3 +59,29 @@ def test_bad_input_is_refused() -> None:
         TokenBatches([{"input_ids": [1]}, {"input_ids": []}], pad_token_id=0)
     with pytest.raises(ValueError, match="must be at least 1, got 0, 64"):
         TokenBatches(samples_of([1]), pad_token_id=0, max_tokens=0)
+
+
+def test_masks_and_token_types_of_samples_are_kept() -> None:
+    samples = [
+        {"input_ids": [0, 6, 7], "attention_mask": [0, 1, 1], "token_type_ids": [0, 0, 1]},
+        {"input_ids": [8], "attention_mask": [1], "token_type_ids": [1]},
+    ]
+    (batch,) = TokenBatches(samples, pad_token_id=0)
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("key", ["labels", "attention_mask"])
+def test_a_list_of_another_length_is_refused(key: str) -> None:
+    samples = [{"input_ids": [5, 6, 7], key: [1, 1, 1]}, {"input_ids": [8, 9], key: [1]}]
+    with pytest.raises(ValueError, match=f"expected 2 {key} in sample 1, one for each token, got 1"):
+        list(TokenBatches(samples, pad_token_id=0))
+
+
+def test_samples_may_be_tensors() -> None:
+    samples = [{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor(n)} for n in (2, 1)]
+    (batch,) = TokenBatches(samples, pad_token_id=0)
+    assert batch["labels"].tolist() == [2, 1]
+    assert batch["input_ids"].tolist() == [[5, 6]] * 2
+    (batch,) = TokenBatches([{"input_ids": [5, 6], "labels": torch.tensor([-100, 6])}], pad_token_id=0)
+    assert batch["labels"].tolist() == [[-100, 6]]

@@ -88,6 +88,25 @@ def test_what_was_made_otherwise_is_refused(
     assert len(scorer.score(loader, references, out=path)) == SAMPLES
 
 
+def test_what_no_weight_tells_is_refused_too(loader: TokenBatches, tmp_path: Path) -> None:
+    tiny = gpt2()
+    scorer = fastproj.InfluenceScorer(tiny.model.float())
+    references = scorer.reference([batch_of(tiny)])
+    path = tmp_path / "scores.parquet"
+    with pytest.raises(InterruptedRunError):
+        scorer.score(loader, references, out=path, progress=stop_after(1))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"options\[autocast\] is 'none' there and 'torch.bfloat16' here"),
+    ):
+        scorer.score(loader, references, out=path)
+    for module in tiny.model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    with pytest.raises(ValueError, match=r"options\[scaling\]"):
+        scorer.score(loader, references, out=path)
+
+
 def test_several_checkpoints_are_summed_on_disk(tmp_path: Path, loader: TokenBatches) -> None:
     tiny = gpt2()
     tiny.model.float()

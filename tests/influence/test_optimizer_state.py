@@ -79,6 +79,54 @@ def test_the_trainers_two_groups_are_told_apart(tmp_path: Path) -> None:
     assert same_states(adam_states(tmp_path, model, parameters), live)
 
 
+def test_groups_are_told_apart_as_the_trainer_does(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    names = ["prenorm", "norm", "q_norm", "ln_1", "RMSNorm", "normal"]
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in names})
+    model["ln_1"] = nn.LayerNorm(3)
+    parameters = dict(model.named_parameters())
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    assert decayed == {"prenorm.weight", "normal.weight"}
+    groups = [[p for name, p in parameters.items() if (name in decayed) is kept] for kept in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": own} for own in groups], fused=True)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    live = adam_states(optimizer, model, parameters)
+    assert same_states(adam_states(tmp_path, model, parameters), live)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, torch.optim.NAdam])
+def test_other_optimizers_with_two_moments_are_refused(
+    scorer: fastproj.InfluenceScorer, kind: Any, tmp_path: Path
+) -> None:
+    optimizer = kind(scorer.parameters.values())
+    for parameter in scorer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    for source in (optimizer, tmp_path):
+        with pytest.raises(ValueError, match="got that of RAdam or NAdam"):
+            adam_states(source, scorer.model, scorer.parameters)
+
+
+def test_groups_have_their_own_constants(scorer: fastproj.InfluenceScorer) -> None:
+    first, *rest = scorer.parameters.values()
+    options = {"betas": (0.5, 0.25), "eps": 1e-3}
+    optimizer = torch.optim.AdamW([{"params": [first], **options}, {"params": rest}], betas=(0.75, 0.5))
+    for parameter in scorer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = list(adam_states(optimizer, scorer.model, scorer.parameters, "less").values())
+    assert [(s.beta1, s.beta2, s.eps) for s in states[:2]] == [(0.5, 0.25, 1e-3), (0.75, 0.5, 1e-8)]
+    assert {s.variant for s in states} == {"less"}
+    assert {s.exp_avg.dtype for s in states} == {torch.float64}
+    narrow = adam_states(optimizer, scorer.model.bfloat16(), scorer.parameters)
+    assert {s.exp_avg_sq.dtype for s in narrow.values()} == {torch.float32}
+
+
 def test_an_optimizer_that_has_not_stepped_is_refused(scorer: fastproj.InfluenceScorer) -> None:
     optimizer = torch.optim.AdamW(scorer.parameters.values())
     with pytest.raises(ValueError, match="has taken no step"):
@@ -92,6 +140,10 @@ def test_another_kind_of_optimizer_is_refused(scorer: fastproj.InfluenceScorer) 
     with pytest.raises(ValueError, match="without amsgrad"):
         adam_states(
             torch.optim.Adam(scorer.parameters.values(), amsgrad=True), scorer.model, scorer.parameters
+        )
+    with pytest.raises(ValueError, match="without maximize"):
+        adam_states(
+            torch.optim.Adam(scorer.parameters.values(), maximize=True), scorer.model, scorer.parameters
         )
     with pytest.raises(TypeError, match="torch optimiser or a path"):
         adam_states({"state": {}}, scorer.model, scorer.parameters)  # type: ignore[arg-type]

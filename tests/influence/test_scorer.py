@@ -266,6 +266,21 @@ def test_a_loss_of_another_shape_is_refused() -> None:
         scorer.reference([batch_of(tiny)])
 
 
+def test_references_minus_one_of_them() -> None:
+    tiny = gpt2()
+    scorer = fastproj.InfluenceScorer(tiny.model)
+    references = scorer.reference(halves(tiny))
+    apart = references.minus("last")
+    assert apart.names == ("first",)
+    for name, gradient in apart.gradients[0].items():
+        first, last = references.gradients[0][name]
+        assert torch.equal(gradient[0], first - last)
+    torch.testing.assert_close(scored(scorer, tiny, apart), expected_scores(tiny, apart, None))
+    for wrong, held in (("other", references), ("first", apart)):
+        with pytest.raises(ValueError, match="and another beside it"):
+            held.minus(wrong)
+
+
 def test_references_survive_the_disk(tmp_path: Any) -> None:
     tiny = gpt2()
     references = fastproj.InfluenceScorer(tiny.model).reference(halves(tiny))
