@@ -40,6 +40,21 @@ def batch_ids(batch: Batch, start: int, stop: int) -> list[str]:
     return found
 
 
+def first_and_last(batch: Batch) -> dict[str, Any]:
+    """The first and the last sample: of tensors and lists that have an entry for each, those two."""
+    samples = batch_size(batch)
+    chosen = sorted({0, samples - 1})
+    two: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == samples:
+            two[key] = value[chosen]
+        elif isinstance(value, list) and len(value) == samples:
+            two[key] = [value[row] for row in chosen]
+        else:
+            two[key] = value
+    return two
+
+
 class SameBatches:
     """The batches of a loader that is gone through more than once, held to be the same each time.
 

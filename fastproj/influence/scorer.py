@@ -17,7 +17,7 @@ from fastproj.capture.per_sample import Consumer, PerSample
 from fastproj.capture.select import select_parameters
 from fastproj.influence.checkpoints import Checkpoint, require_alike, weights_restored
 from fastproj.influence.consumers import ScoreConsumer, SketchConsumer
-from fastproj.influence.loaders import ID, Batch, SameBatches, batch_ids, batch_size
+from fastproj.influence.loaders import ID, Batch, SameBatches, batch_ids, batch_size, first_and_last
 from fastproj.influence.losses import SampleLoss, check_losses, loss_name, sample_loss
 from fastproj.influence.optimizer_state import OptimizerSource, adam_states
 from fastproj.influence.quiet import measured
@@ -309,24 +309,34 @@ class InfluenceScorer:
         consumer_for: Callable[[int], Any],
         names: Mapping[nn.Parameter, str],
     ) -> Any:
+        if max(self._verified.values(), default=0) < min(batch_size(batch), 2):
+            # On two samples and before the batch's own graph is there, for the sake of memory.
+            self._verify(capture, self.losses(first_and_last(batch)))
         losses = self.losses(batch)
-        samples = losses.shape[0]
-        total = losses.sum()
-        obstacles = capture.obstacles(samples)
-        # A batch of one tells nothing of samples that meet, nor does a loss without a gradient.
-        if not obstacles and min(samples, 2) > self._verified.get(capture.signature, 0):
-            worst = int(losses.detach().argmax())
-            obstacles = capture.verify(self._reached(total), losses[worst], worst, samples)
-            value = losses[worst].item()
-            if value and math.isfinite(value):
-                self._verified[capture.signature] = min(samples, 2)
-        if obstacles:
-            raise ValueError(f"no gradients of single samples here: {'; '.join(map(str, obstacles))}")
+        samples, total = losses.shape[0], losses.sum()
+        self._verify(capture, losses)
         consumer = consumer_for(samples)
         sink = capture.observe(total, samples, lambda forward: PerSample(consumer, forward.reads, names))
         _backward(self._reached(total))
         sink.finish()
         return consumer
+
+    def _verify(self, capture: Capture, losses: Tensor) -> None:
+        """Raise ValueError where the running forward pass cannot be taken apart into its samples.
+
+        Shapes are looked at each time; gradients are measured once for each set of layers that is called.
+        """
+        samples = losses.shape[0]
+        obstacles = capture.obstacles(samples)
+        # A batch of one tells nothing of samples that meet, nor does a loss without a gradient.
+        if not obstacles and min(samples, 2) > self._verified.get(capture.signature, 0):
+            worst = int(losses.detach().argmax())
+            obstacles = capture.verify(self._reached(losses.sum()), losses[worst], worst, samples)
+            value = losses[worst].item()
+            if value and math.isfinite(value):
+                self._verified[capture.signature] = min(samples, 2)
+        if obstacles:
+            raise ValueError(f"no gradients of single samples here: {'; '.join(map(str, obstacles))}")
 
     def _reached(self, loss: Tensor) -> Tensor:
         if loss.requires_grad:

@@ -134,11 +134,17 @@ def test_so_it_is_with_all_that_is_held_before(loss: str, shape: tuple[int, int,
 
 
 @pytest.mark.parametrize("loss", MODELS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_first_batch_takes_three_gradient_sets_more(loss: str, shape: tuple[int, int, int]) -> None:
-    """Verifying the capture compares two gradients, and keeps the graph, a sixth of which backward frees."""
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_so_does_the_first_batch(loss: str, shape: tuple[int, int, int]) -> None:
     training, _, first = peaks(loss, *shape)
-    assert first <= 1.2 * training + 3 * size(trained(MODELS[loss](shape[0])))
+    assert first <= MOST * training, f"{first / training:.3f} of a training step's peak"
+
+
+@pytest.mark.parametrize("loss", MODELS)
+def test_the_first_batch_compares_two_gradients(loss: str) -> None:
+    """Of two samples, and of adapters larger than the model: half of a batch of four, and what they hold."""
+    training, _, first = peaks(loss, *SHAPES[2])
+    assert first <= training + 3 * size(trained(MODELS[loss](SHAPES[2][0])))
 
 
 @pytest.mark.parametrize("loss", MODELS)
