@@ -231,6 +231,20 @@ def sketch_cases() -> Iterator[Case]:
         )
 
 
+def structured_sketch_cases() -> Iterator[Case]:
+    """Random projections block by block of 4,096: both ends of the vectors within a block."""
+    sizes = {"srht": (2, 4500, 300), "sjlt": (2, 4500, 64)}
+    for (i, (kind, size)), layout in product(enumerate(sizes.items()), LAYOUTS[:2]):
+        samples, positions, dimension = size
+        for dtype in (DTYPES[i], torch.float64):
+            yield Case(
+                f"sketch {kind} {samples}x{positions}x{dimension} {str(dtype).removeprefix('torch.')}",
+                partial(_sets, 1, [(samples, positions)], (dtype,)),
+                partial(_sketch, dimension, kind),
+                layout,
+            )
+
+
 def _sketch(dimension: int, kind: str, tensors: list[Tensor]) -> list[Tensor]:
     return [sketch(tensors, dimension, 7, kind, 5)]
 
@@ -267,5 +281,6 @@ CASES = (
     *contraction_cases(),
     *influence_cases(),
     *sketch_cases(),
+    *structured_sketch_cases(),
     *cross_entropy_cases(),
 )

@@ -114,6 +114,7 @@ def test_empty_extents(path: Path, shape: tuple[int, int, int, int], poisoned_me
     assert got.shape == (shape[0], shape[2], shape[3])
     # Zero tokens: a sum over nothing.
     assert not got.any()
+    assert reference(*layer(shape, torch.float32)).shape == got.shape
 
 
 @PATHS

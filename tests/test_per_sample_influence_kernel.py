@@ -39,7 +39,7 @@ def chosen(constants: Any) -> tuple[str, ...]:
 
 
 @interpreted
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     size=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 70), st.integers(1, 70)),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]),

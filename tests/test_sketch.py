@@ -11,6 +11,7 @@ from devices import DEVICE, GPU_MARKS, on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastproj
 from fastproj.bindings.sketch import from_reference, sketch
@@ -70,7 +71,7 @@ def test_every_room_agrees_with_the_reference(path, device, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize(("path", "device", "kind"), PIECEWISE)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     samples=st.integers(1, 4),
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
@@ -223,6 +224,15 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(got, want)
 
 
+@torch.no_grad()
+def test_a_dimension_that_the_kind_does_not_allow_is_told_before_anything_runs() -> None:
+    """Shapes alone, as while a program is traced: no kernel is there to refuse it."""
+    with FakeTensorMode():
+        assert fastproj.sketch(torch.empty(2, 3), 8, seed=1, kind="sjlt").shape == (2, 8)
+        with pytest.raises(ValueError, match=r"power of two from 4 to 16384, .* got 6"):
+            fastproj.sketch(torch.empty(2, 3), 6, seed=1, kind="sjlt")
+
+
 def test_the_reference_serves_where_there_is_no_kernel() -> None:
     v = vectors(2, 7, torch.bfloat16)
     assert_close(from_reference([v], 4, 1, "gaussian", 0), reference([v], 4, 1, "gaussian", 0), [v])
@@ -245,6 +255,7 @@ ONE = torch.ones(2, 3)
         (ValueError, r"seed must be from 0 to 2\*\*63 - 1, got -1", {"seed": -1}),
         (ValueError, r"offset must be from 0 to 2\*\*56 - 1, got -2", {"offset": -2}),
         (ValueError, "kind must be one of .*'rademacher'.* got 'normal'", {"kind": "normal"}),
+        (ValueError, "power of two from 4 to 16384, .* got 6", {"kind": "sjlt", "dimension": 6}),
     ],
 )
 def test_misuse_is_told(error: type[Exception], words: str, arguments: dict[str, object]) -> None:

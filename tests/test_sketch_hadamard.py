@@ -93,7 +93,7 @@ def test_outputs_fill_groups(path, poisoned_memory: None) -> None:  # type: igno
 
 
 @PATHS
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(
     lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=3),
     dimension=st.integers(1, 40),
@@ -134,9 +134,8 @@ def test_any_layout_is_read_right(path) -> None:  # type: ignore[no-untyped-def]
 
 
 @PATHS
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
-def test_any_scale(path, scale: float) -> None:  # type: ignore[no-untyped-def]
-    vectors = normal(2, 4200) * scale
+def test_any_scale(path) -> None:  # type: ignore[no-untyped-def]
+    vectors = normal(3, 4200) * torch.tensor([[0.0], [1e-30], [1e30]])
     assert_close(path(vectors, 30, 7, 0), reference(vectors.double(), 30, 7, 0), vectors)
 
 

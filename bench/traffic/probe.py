@@ -22,7 +22,7 @@ from fastproj.bench.traffic.cross_entropy import cross_entropy_moves
 from fastproj.bench.traffic.influence import influence_moves
 from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves
 from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
-from fastproj.bench.traffic.sketch import WIDTH, dense_moves, kronecker_moves
+from fastproj.bench.traffic.sketch import WIDTH, dense_moves, hadamard_moves, kronecker_moves, sparse_moves
 from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
 from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, weighted_grad
 from fastproj.kernels.per_sample_influence import per_sample_influence
@@ -132,6 +132,9 @@ def probes() -> Iterator[Probe]:
     for dtype in DTYPES:
         yield from sketch_probes(3, 1501, 300, dtype)
     yield from sketch_probes(33, 1024, 4, "fp32")
+    # The first and the last of three blocks in part, of which neither begins or ends with a whole load.
+    for dtype in ("fp32", "bf16"):
+        yield from block_sketch_probes(2, 9000, 1001, dtype)
     for dtype in DTYPES:
         for classes in (5, 4099):
             yield from cross_entropy_probes(2, 3, classes, dtype)
@@ -198,6 +201,15 @@ def sketch_probes(samples: int, positions: int, dimension: int, dtype: str) -> I
     for kind, moved in moves.items():
         name = f"{dtype}, {kind}, {samples} × {positions} to {dimension}"
         yield Probe("sketch", name, partial(sketch, [vectors], dimension, 0, kind, 0), moved)
+
+
+def block_sketch_probes(samples: int, positions: int, offset: int, dtype: str) -> Iterator[Probe]:
+    """The kinds of random projections that take blocks of 4,096 positions, on positions from ``offset`` on."""
+    vectors = torch.randn(samples, positions, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    for kind, dimension, model in (("srht", 300, hadamard_moves), ("sjlt", 64, sparse_moves)):
+        name = f"{dtype}, {kind}, {samples} × {positions} from {offset} on to {dimension}"
+        moves = model(samples, positions, dimension, DTYPES[dtype], offset)
+        yield Probe("sketch", name, partial(sketch, [vectors], dimension, 0, kind, offset), moves)
 
 
 def influence_probes(batch: tuple[int, int, int, int], dtype: str, references: int = 2) -> Iterator[Probe]:

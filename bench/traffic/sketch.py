@@ -1,7 +1,7 @@
-"""Traffic of the dense random projections, from the decisions of their launchers.
+"""Traffic of the random projections, from the decisions of their launchers.
 
-P itself moves nothing. Counted is every load and store: the vectors by each group of 256 rows, the quantiles
-of normal entries by each entry, the partial results of chunks.
+P itself moves nothing. Counted is every load and store: the vectors by each group of 256 rows, or by each
+part of the outputs, the quantiles of normal entries by each entry, the partial results of chunks or spans.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import torch
 
 from fastproj.bench.traffic.moves import DTYPES, Moves, Stream, Traffic
 from fastproj.bench.traffic.workloads import Workload
+from fastproj.kernels._blocks import ALIGNMENT
 from fastproj.kernels._sketch_dense import GROUP, LEVEL_DTYPES, TILES, tiles_per_chunk
+from fastproj.kernels._sketch_hadamard import BLOCK, spans_of
 from fastproj.kernels._sketch_kronecker import WIDTH, factors
+from fastproj.kernels._sketch_sparse import nonzeros_of
 
 DIMENSION = 1024  # of the named workloads' sketches
 LEVELS = 2**15
@@ -48,6 +51,51 @@ def kronecker_moves(samples: int, positions: int, dimension: int, dtype: torch.d
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     first = dense_moves(samples * rows, WIDTH, right, dtype, normal=False)
     return first + dense_moves(samples * right, rows, left, sums, normal=False)
+
+
+def hadamard_moves(
+    samples: int, positions: int, dimension: int, dtype: torch.dtype, offset: int = 0
+) -> Moves:
+    """What ``kernels._sketch_hadamard.project`` moves; of each span it adds up the rows that are outputs."""
+    size = (samples, positions, dimension, dtype, offset)
+    return _block_moves("hadamard_kernel", "sampled_rows_kernel", *size, -(-dimension // BLOCK), dimension)
+
+
+def sparse_moves(samples: int, positions: int, dimension: int, dtype: torch.dtype, offset: int = 0) -> Moves:
+    """What ``kernels._sketch_sparse.project`` moves; of each span it adds up all slots."""
+    size, parts = (samples, positions, dimension, dtype, offset), nonzeros_of(dimension)
+    return _block_moves("sparse_kernel", "slot_sums_kernel", *size, parts, parts * BLOCK)
+
+
+def _block_moves(
+    kernel: str,
+    sums: str,
+    samples: int,
+    positions: int,
+    dimension: int,
+    dtype: torch.dtype,
+    offset: int,
+    parts: int,
+    terms: int,
+) -> Moves:
+    """Each of ``parts`` reads all blocks; of a span's results, ``terms`` are added up.
+
+    Zeros that torch adds for whole loads are read as positions; adding them is not counted.
+    """
+    elements = ALIGNMENT // dtype.itemsize
+    first = offset // elements * elements
+    padded = -(-(offset + positions) // elements) * elements - first
+    spans = spans_of(first, padded, parts).spans
+    vectors, result = samples * padded * dtype.itemsize, 8 if dtype == torch.float64 else 4
+    partials, added = (samples * spans * rows * result for rows in (parts * BLOCK, terms))
+    written = samples * dimension * result
+    streams = (
+        Stream(kernel, "vectors", "load", vectors * parts, vectors, vectors if parts > 1 else 0),
+        Stream(kernel, "partials", "store", partials, partials),
+        Stream(sums, "partials", "load", added, added, partials, warm=True),
+        Stream(sums, "out", "store", written, written),
+    )
+    return Moves({kernel: 1, sums: 1}, streams)
 
 
 def sketch_call(samples: int, positions: int, dtype: str, workload: str) -> Traffic:

@@ -149,7 +149,7 @@ def load_model(
 
 
 def _reads_both_ways(config: Any) -> bool:
-    """Whether a model sees the tokens that a causal loss has it predict, whichever head it was loaded with."""
+    """Whether a model sees the tokens that a causal loss has it predict, whatever its head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     return config.model_type in MASKED and not getattr(config, "is_decoder", False)

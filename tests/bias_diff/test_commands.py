@@ -76,8 +76,7 @@ def by_hand(files: Files, optimizer: Path | None, *, normalize: bool = True) -> 
     return dict(zip(scores.ids, scores.values[:, 0].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.parametrize(("adam", "normalize"), [(True, True), (False, False)])
 def test_scores_are_those_of_the_scorer(files: Files, tmp_path: Path, adam: bool, normalize: bool) -> None:
     output = tmp_path / "scores.parquet"
     tuned = (
@@ -263,16 +262,12 @@ def test_an_adapter_of_another_model_is_refused(files: Files, tmp_path: Path, ch
     assert "is of another model: 1 weights" in told
 
 
-def test_a_masked_model_is_not_taken_for_a_causal_one(files: Files, tmp_path: Path) -> None:
-    tiny_text.masked_bert().save_pretrained(tmp_path)
-    tiny_text.tokenizer("bert").save_pretrained(tmp_path)
-    data = ["--train", files.train, "--probe", files.probe, "--output", tmp_path / "s.parquet"]
-    assert "give --loss masked-lm" in refusal(2, "score", tmp_path, *data)
-
-
-def test_a_model_that_is_none_is_refused_by_name(files: Files, tmp_path: Path) -> None:
+def test_a_model_that_is_none_or_a_masked_one_is_refused_by_name(files: Files, tmp_path: Path) -> None:
     options = ["--train", files.train, "--probe", files.probe, "--output", tmp_path / "s.parquet"]
     assert f"model {tmp_path} cannot be loaded" in refusal(2, "score", tmp_path, *options)
+    tiny_text.masked_bert().save_pretrained(tmp_path)
+    tiny_text.tokenizer("bert").save_pretrained(tmp_path)
+    assert "give --loss masked-lm" in refusal(2, "score", tmp_path, *options)
 
 
 def test_a_head_that_would_be_random_is_refused_unless_the_adapter_brings_it(

@@ -36,9 +36,9 @@ def test_tsv_jsonl_and_parquet(tmp_path: Path) -> None:
 
 
 def test_json_strings_that_look_like_dates_stay_as_they_are(tmp_path: Path) -> None:
-    first, second = '{"id": "2024-01-31", "text": "2024-02-01"}', '{"id": "2024-02-29 10:00:00", "text": null}'
+    first = '{"id": "2024-01-31", "text": "2024-02-01"}'
+    second = '{"id": "2024-02-29 10:00:00", "text": "b"}'
     expected = Records(("2024-01-31", "2024-02-29 10:00:00"), ("2024-02-01", "b"))
-    second = second.replace("null", '"b"')
     for name, text in (("rows.jsonl", f"{first}\n\n{second}\n"), ("rows.json", f"[{first},\n {second}]")):
         assert read_records(written(tmp_path, name, text)) == expected
     alone = written(tmp_path, "alone.jsonl", f"{first}\n")

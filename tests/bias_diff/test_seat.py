@@ -60,7 +60,9 @@ def test_effect_and_p_value_against_brute_force(sizes: tuple[int, int, int, int]
         assert (found.partitions, found.exact) == (math.comb(len(s), n), True)
 
 
-@pytest.mark.parametrize("other", [[], None, "text", {"targ1": []}, {"targ1": {"examples": "text"}}, {"targ1": {"examples": [1]}}])
+@pytest.mark.parametrize(
+    "other", [[], None, "text", {"targ1": []}, {"targ1": {"examples": "text"}}, {"targ1": {"examples": [1]}}]
+)
 def test_other_layouts_are_refused_by_name(tmp_path: Path, other: object) -> None:
     path = tmp_path / "test.json"
     path.write_text(json.dumps(other))

@@ -25,7 +25,8 @@ def green(tmp_path: Path) -> list[str]:
 
 def test_a_quick_run_on_the_cpu(green: list[str], tmp_path: Path) -> None:
     path = tmp_path / "out" / "record.json"
-    result = CliRunner().invoke(app, [*QUICK, *green, "--output", str(path)])
+    wide = {"COLUMNS": "200"}  # names are cut on a narrow terminal
+    result = CliRunner().invoke(app, [*QUICK, *green, "--output", str(path)], env=wide)
     assert result.exit_code == 0, result.output
     record = read_record(path)
     assert {row.suite for row in record.rows} == set(SUITES)
