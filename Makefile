@@ -1,8 +1,10 @@
 # `make demo` and `make test` each do everything on a fresh machine with Python >= 3.10, make and a
-# C compiler. Variables: PYTHON (the interpreter), TORCH (another torch), ARGS (passed on).
+# C compiler. Variables: PYTHON (the interpreter), TORCH (another torch), WORKERS, ARGS (passed on).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Processes that `make test` runs tests in.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +50,7 @@ demo: $(DEMO_MODEL) $(DEMO_TEXTS)
 	HF_HUB_OFFLINE=1 $(BIN)/fastproj demo $(ARGS)
 
 test: $(DEMO_MODEL) $(DEMO_TEXTS)
-	env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+	env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 audit: $(INSTALLED)
 	$(BIN)/fastproj audit $(ARGS)

@@ -204,7 +204,7 @@ def sketch_probes(samples: int, positions: int, dimension: int, dtype: str) -> I
 
 
 def block_sketch_probes(samples: int, positions: int, offset: int, dtype: str) -> Iterator[Probe]:
-    """The kinds of random projections that take blocks of 4,096 positions, on positions from ``offset`` on."""
+    """Random projections by blocks of 4,096 positions, of (samples, positions) from ``offset`` on."""
     vectors = torch.randn(samples, positions, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     for kind, dimension, model in (("srht", 300, hadamard_moves), ("sjlt", 64, sparse_moves)):
         name = f"{dtype}, {kind}, {samples} × {positions} from {offset} on to {dimension}"

@@ -117,24 +117,25 @@ def load_model(
     dtype: Precision,
     trainable: bool,
     new_head: bool = False,
+    bare: bool = False,
 ) -> Loaded:
     """A model with its adapter, on its device in evaluation mode.
 
     Raises ValueError, naming the model or the adapter, where it cannot be loaded, or where weights are in
-    neither and would be random; ``new_head`` allows that, for who trains them.
+    neither and would be random; ``new_head`` allows that, for who trains them. ``bare`` leaves the head out.
     """
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    automatic = getattr(transformers, AUTO_CLASSES[loss])
+    automatic = transformers.AutoModel if bare else getattr(transformers, AUTO_CLASSES[loss])
     with _naming(f"model {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, info = automatic.from_pretrained(
             name, dtype=getattr(torch, dtype.value), output_loading_info=True
         )
-    if loss is Loss.CAUSAL_LM and _reads_both_ways(model.config):
+    if loss is Loss.CAUSAL_LM and not bare and _reads_both_ways(model.config):
         raise ValueError(f"model {name} is a masked one ({model.config.model_type}): give --loss masked-lm")
     if adapter is not None:
         model = _with_adapter(model, adapter, trainable)

@@ -83,7 +83,11 @@ def evaluate(
                 raise ValueError("measures of a model need one: give MODEL")
             evaluation = Evaluation(batch_size, seed, crows_pairs_file, stereoset_file)
             evaluation.read(wanted, seat or [], perplexity, text_column)
-            loaded = shared.load_model(model, adapter, loss, device=device, dtype=dtype, trainable=False)
+            # SEAT reads hidden states alone, so that an encoder needs no head for it.
+            bare = [name for name, asked in wanted.items() if asked] == ["seat"]
+            loaded = shared.load_model(
+                model, adapter, loss, device=device, dtype=dtype, trainable=False, bare=bare
+            )
             results |= evaluation.run(loaded, seat_pooling.value)
         if not results:
             raise ValueError("nothing to measure: give --scores, --selection, --crows-pairs, --perplexity, …")

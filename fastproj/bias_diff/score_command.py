@@ -31,6 +31,10 @@ Probes = Annotated[
 ProbeColumn = Annotated[
     str | None, typer.Option(help="Column of the probes' texts; by default that of the samples'.")
 ]
+Against = Annotated[
+    Path | None,
+    typer.Option(help="Texts as they should be: their mean gradient is taken off every probe's."),
+]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch at most, padding counted.")]
 Normalize = Annotated[bool, typer.Option("--normalize/--dot", help="Cosines, or dot products.")]
 Less = Annotated[bool, typer.Option("--less", help="Adam's update as in LESS: ε in the root, uncorrected.")]
@@ -59,6 +63,7 @@ def score(
     id_column: shared.IdColumn = None,
     label_column: shared.LabelColumn = None,
     probe_column: ProbeColumn = None,
+    against: Against = None,
     max_length: shared.MaxLength = 512,
     batch_tokens: BatchTokens = 4096,
     normalize: Normalize = True,
@@ -87,10 +92,11 @@ def score(
 
         records = read_records(train, text_column=text_column, id_column=id_column, label_column=label_column)
         own = label_column if loss is shared.Loss.CLASSIFICATION else None
+        column = probe_column or text_column
         probes = {
-            name: read_records(file, text_column=probe_column or text_column, label_column=own)
-            for name, file in files.items()
+            name: read_records(file, text_column=column, label_column=own) for name, file in files.items()
         }
+        contrast = None if against is None else read_records(against, text_column=column, label_column=own)
         first = adapter or next((path for path in states if (path / "adapter_config.json").is_file()), None)
         chosen = params or (shared.Params.TRAINABLE if first is None else shared.Params.LORA)
         scoring = Scoring(
@@ -104,6 +110,7 @@ def score(
             batch_tokens=batch_tokens,
             normalize=normalize,
             seed=seed,
+            against=contrast,
         )
         began = time.perf_counter()
         scores = scoring.run(records, probes, output, sketch=kind)
@@ -123,7 +130,7 @@ def parse_probes(values: Sequence[str]) -> dict[str, Path]:
         name, equals, file = value.partition("=")
         path = Path(file if equals else value)
         name = name if equals else path.stem
-        if not name or name in files:
+        if not name.strip() or name != name.strip() or name in files:
             raise ValueError(f"--probe: expected a name for every file, each its own, got {value!r}")
         files[name] = path
     return files

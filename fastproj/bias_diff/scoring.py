@@ -23,6 +23,8 @@ from fastproj.influence.references import References
 from fastproj.influence.scorer import InfluenceScorer
 from fastproj.influence.scores import Scores
 
+AGAINST = " against"  # no probe's name begins with a space
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -33,6 +35,7 @@ class Scoring:
         checkpoints: folders to sum over, each weighted by its learning rate, in place of the model as it is.
         batch_tokens: tokens in a batch at most; rows on disk follow the order of the batches.
         seed: of a masked model's masks, and of sketches.
+        against: texts whose mean gradient is taken off every probe's.
     """
 
     loaded: Loaded
@@ -45,6 +48,7 @@ class Scoring:
     batch_tokens: int
     normalize: bool
     seed: int
+    against: Records | None = None
 
     def run(
         self,
@@ -100,7 +104,8 @@ class Scoring:
 
         A run that goes on takes them from there: computed anew, they may differ by rounding on a GPU.
         """
-        samples = {name: self._samples(own) for name, own in probes.items()}
+        texts = {**probes, AGAINST: self.against} if self.against is not None else probes
+        samples = {name: self._samples(own) for name, own in texts.items()}
         # Those of other weights would be taken for these where a run ended before it wrote a row.
         weights = [model_fingerprint(scorer.model) for _ in scorer.states()]
         rows = [row for own in samples.values() for row in own]
@@ -112,6 +117,8 @@ class Scoring:
         else:
             with progress("probes"):
                 references = scorer.reference({name: self._batches(own) for name, own in samples.items()})
+            if self.against is not None:
+                references = references.minus(AGAINST)
             references.save(file)
         try:
             yield references

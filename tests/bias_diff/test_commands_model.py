@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fastproj.bias_diff.npo import sequence_log_probabilities
 from fastproj.bias_diff.perplexity import perplexity
 from fastproj.bias_diff.records import read_records
+from fastproj.bias_diff.seat import read_seat_test, seat
 from fastproj.cli import app
 from fastproj.influence.scores import Scores
 
@@ -227,6 +228,18 @@ def test_every_benchmark_of_a_masked_model(tmp_path: Path, benchmarks: dict[str,
     assert found["stereoset"]["overall"]["count"] == 1, "of masked models the part of one sentence counts"
     assert found["seat"]["seat-6"].keys() == {"effect_size", "p_value", "partitions", "exact"}
     assert found["seat"]["seat-6"]["partitions"] == 6
+
+
+def test_seat_alone_takes_an_encoder_without_a_head(tmp_path: Path, benchmarks: dict[str, Path]) -> None:
+    model = tmp_path / "encoder"
+    tiny_text.encoding_bert().save_pretrained(model)
+    tiny_text.tokenizer("bert").save_pretrained(model)
+    found = json.loads(succeed("evaluate", model, "--seat", benchmarks["seat"], "--json"))
+    own = tiny_text.encoding_bert()
+    want = seat(own, tiny_text.tokenizer("bert"), read_seat_test(benchmarks["seat"]))
+    assert found["seat"]["seat-6"]["effect_size"] == pytest.approx(want.effect_size, rel=1e-4)
+    options = ["--seat", benchmarks["seat"], "--crows-pairs-file", benchmarks["pairs"]]
+    assert "give --loss masked-lm" in refusal("evaluate", model, *options)
 
 
 def test_evaluate_refuses_what_cannot_be_measured(files: Files, selection: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from fastproj.bench.traffic.chips import CHIPS, MIB, Chip
 from fastproj.bench.traffic.models import OPERATORS, Traffic, roofline
 from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves, Stream
+from fastproj.bench.traffic.sketch import hadamard_moves, sparse_moves
 from fastproj.bench.traffic.span import edge, gram, gram_and_combine, most_blocks
 from fastproj.bench.traffic.workloads import WORKLOADS, Workload
 from fastproj.kernels.gram import MOST_SETS
@@ -95,6 +96,24 @@ def test_least_bytes_and_flops_by_hand():
     assert traffic.least_read_bytes == 2 * by_tokens * (sizes + 14 * 16) + 32 * 14 * 2 * 8 * 4
     assert traffic.least_written_bytes == 2 * 2 * n
     assert OPERATORS["per_sample_grad"](workload).least_written_bytes == 8 * 2 * n
+
+
+def test_sketches_by_blocks_by_hand():
+    """Two vectors of 399 blocks and 8 positions, which lie in 400 blocks: 12.5 or 25 to each of 32 or 16."""
+    positions, dtype = 399 * 4096 + 8, DTYPES["bf16"]
+    vectors = 2 * positions * 2
+    # Outputs in two groups: spans of 13 blocks, 31 of them; each gives 5,000 outputs a term.
+    assert hadamard_moves(2, positions, 5000, dtype).by_kernel() == {
+        "hadamard_kernel": KernelCount(1, 2 * vectors, 2 * 31 * 2 * 4096 * 4),
+        "sampled_rows_kernel": KernelCount(1, 2 * 31 * 5000 * 4, 2 * 5000 * 4),
+    }
+    # Four parts: 16 spans of 25 blocks; all slots are added up.
+    assert sparse_moves(2, positions, 64, dtype).by_kernel() == {
+        "sparse_kernel": KernelCount(1, 4 * vectors, 2 * 16 * 4 * 4096 * 4),
+        "slot_sums_kernel": KernelCount(1, 2 * 16 * 4 * 4096 * 4, 2 * 64 * 4),
+    }
+    # Positions 7 to 15: zeros make whole loads of 8 numbers, 0 to 15.
+    assert sparse_moves(1, 9, 64, dtype, offset=7).bytes("load", "vectors") == 4 * 16 * 2
 
 
 def _traffic(flops: int, rate: str) -> Traffic:

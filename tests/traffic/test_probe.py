@@ -18,6 +18,7 @@ from span_inputs import SHAPES
 from fastproj.bench.traffic.moves import DTYPES
 from fastproj.bench.traffic.probe import contraction_probes, judge, probe_all, span_probes
 from fastproj.kernels import combine, edge, weighted_grad
+from fastproj.kernels.sketch import HOMES
 
 if torch.cuda.is_available():
     pytest.skip("accesses are seen in the interpreter alone", allow_module_level=True)
@@ -34,6 +35,7 @@ def test_every_probe_agrees_with_the_model():
         *("per_sample_influence", "sketch", "cross_entropy"),
     }
     assert all(result.counted == result.modelled for result in results)
+    assert {result.probe.split(", ")[1] for result in results if result.operator == "sketch"} == {*HOMES}
 
 
 @given(
