@@ -79,11 +79,8 @@ def by_hand(files: Files, optimizer: Path | None, *, normalize: bool = True) -> 
 @pytest.mark.parametrize(("adam", "normalize"), [(True, True), (False, False)])
 def test_scores_are_those_of_the_scorer(files: Files, tmp_path: Path, adam: bool, normalize: bool) -> None:
     output = tmp_path / "scores.parquet"
-    tuned = (
-        files.scoring
-        if adam
-        else [a for a in files.scoring if a not in ("--optimizer", str(files.optimizer))]
-    )
+    plain = [a for a in files.scoring if a not in ("--optimizer", str(files.optimizer))]
+    tuned = files.scoring if adam else plain
     choice = "--normalize" if normalize else "--dot"
     said = succeed("score", *tuned, "--batch-tokens", 40, choice, "--output", output)
     assert "20 samples scored against trait" in said
