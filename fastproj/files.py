@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
+
+from fastproj.influence.durable import write_durably
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -12,16 +13,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Makes the folders above it. Raises OSError where that or the writing fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        Path(name).chmod(0o644)  # a temporary file is its owner's alone
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_durably(path, content.encode() if isinstance(content, str) else content)
 
 
 def require_writable(path: Path) -> None:
