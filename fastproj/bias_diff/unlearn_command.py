@@ -20,8 +20,10 @@ Selection = Annotated[Path, typer.Option(help="What fastproj select or the page 
 Retrain = Annotated[
     bool, typer.Option("--retrain", help="Train a new adapter on MODEL without the selection instead.")
 ]
-Beta = Annotated[float, typer.Option(help="Temperature of NPO.")]
-RetainWeight = Annotated[float, typer.Option(min=0, help="Weight of the samples to keep; 0 for none.")]
+Beta = Annotated[float | None, typer.Option(help="Temperature of NPO, by default 0.1.")]
+RetainWeight = Annotated[
+    float | None, typer.Option(min=0, help="NPO's weight of the samples to keep, by default 1; 0 for none.")
+]
 LengthNormalised = Annotated[
     bool, typer.Option("--length-normalised", help="Mean log-probabilities of a sample's tokens.")
 ]
@@ -44,8 +46,8 @@ def unlearn(
     text_column: shared.TextColumn = "text",
     id_column: shared.IdColumn = None,
     label_column: shared.LabelColumn = None,
-    beta: Beta = 0.1,
-    retain_weight: RetainWeight = 1.0,
+    beta: Beta = None,
+    retain_weight: RetainWeight = None,
     length_normalised: LengthNormalised = False,
     epochs: Epochs = 1,
     batch_size: BatchSize = 8,
@@ -65,6 +67,8 @@ def unlearn(
     """
     with shared.errors_in_one_line():
         _check_output(output)
+        if retrain and (beta is not None or retain_weight is not None or length_normalised):
+            raise ValueError("--beta, --retain-weight and --length-normalised are NPO's: leave --retrain out")
         import torch
 
         from fastproj.bias_diff.records import read_records
@@ -89,11 +93,12 @@ def unlearn(
         else:
             if loss is not shared.Loss.CAUSAL_LM:
                 raise ValueError(f"NPO needs a causal language model, got --loss {loss.value}: use --retrain")
+            weight = 1.0 if retain_weight is None else retain_weight
             work = _npo(
                 records.only(forget),
-                records.without(forget) if retain_weight else None,
-                beta=beta,
-                retain_weight=retain_weight,
+                records.without(forget) if weight else None,
+                beta=0.1 if beta is None else beta,
+                retain_weight=weight,
                 length_normalised=length_normalised,
                 **common,
             )

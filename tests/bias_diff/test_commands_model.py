@@ -145,6 +145,8 @@ def test_unlearning_refuses_what_does_not_fit(files: Files, selection: Path, tmp
     every.write_text("".join(f"{name}\n" for name in read_records(files.train).ids))
     assert "expected samples to retain" in refusal(*unlearning(files, every, tmp_path / "out"))
     assert "leaves no sample" in refusal(*unlearning(files, every, tmp_path / "out", "--retrain"))
+    for own in (["--beta", 0.2], ["--retain-weight", 0], ["--length-normalised"]):
+        assert "are NPO's" in refusal(*unlearning(files, every, tmp_path / "out", "--retrain", *own))
     assert not (tmp_path / "out").exists()
 
 
