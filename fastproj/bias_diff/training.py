@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastproj.bias_diff.encoding import Task, encode, mask_token, pad_token, padded, shuffled
 from fastproj.bias_diff.records import Records
+from fastproj.methods.gce import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 # BERT's: of the tokens that are asked for, 80 % are masked, 10 % replaced, 10 % left as they are.
 ASKED, MASKED, REPLACED = 0.15, 0.8, 0.1
 _PEFT_TASKS: dict[Task, str | None] = {

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from fastproj.methods.gce import IGNORE_INDEX
+
 # What a sample may have for each token, and what padding has.
 PER_TOKEN = {"attention_mask": 0, "token_type_ids": 0}
 

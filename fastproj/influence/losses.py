@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastproj.bindings.cross_entropy import cross_entropy
+from fastproj.methods.gce import IGNORE_INDEX
 from fastproj.methods.second_forward import logits_of
 
 LOSSES = ("causal-lm", "masked-lm", "classification")
 SampleLoss = Callable[[Any, Mapping[str, Any]], Tensor]
-IGNORE_INDEX = -100
 
 
 def sample_loss(loss: str | SampleLoss, reduction: str = "mean") -> SampleLoss:

@@ -52,7 +52,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "PROBES": 6,
         "HELD_OUT": 5,
         "PAIRS": 4,
-        "CONTRASTS": 3,
+        "FACTUAL_PROBES": 3,
     }.items():
         monkeypatch.setattr(settings, name, value)
     monkeypatch.setattr(settings, "read_crows_pairs", pairs)

@@ -225,6 +225,26 @@ def test_samples_that_meet_are_refused() -> None:
         scorer.score([batch], references)
 
 
+def test_layers_that_come_later_are_checked_too() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, mix: bool) -> Tensor:
+            y = self.other(x) if mix else self.layer(x)
+            return y - y.mean(0) if mix else y
+
+    def batch(mix: bool) -> dict[str, Any]:
+        return {"x": torch.randn(4, 4), "mix": mix, "labels": torch.tensor([0, 1, 2, 0])}
+
+    scorer = fastproj.InfluenceScorer(Branching(), loss="classification", params="trainable")
+    references = scorer.reference([batch(False)])
+    scorer.score([batch(False)], references)
+    with pytest.raises(ValueError, match="samples meet"):
+        scorer.score([batch(True)], references)
+
+
 def test_a_layer_that_cannot_be_captured_is_named() -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.Flatten(), nn.Linear(8, 3))
     batch = {"input": torch.randn(2, 1, 4), "labels": torch.tensor([0, 1])}

@@ -12,7 +12,7 @@ from fastproj.bias_diff.sources import CrowsPair, read_bold, read_crows_pairs, r
 SETTINGS = ("matched", "shifted")
 # Biased to factual sentences is 3 : 7, as published.
 BIASED, FACTUAL, PROBES, HELD_OUT, PAIRS = 75, 175, 60, 80, 200
-CONTRASTS = 60
+FACTUAL_PROBES = 60
 FEWEST_WORDS = 4  # shorter comments and lists of names are no sentences
 
 
@@ -58,7 +58,7 @@ def draw(setting: str, seed: int) -> Data:
     else:
         comments = _sentences(read_reddit_bias(), 1)
         biased = chance.sample(comments, BIASED)
-    factual = chance.sample(_sentences(read_bold(), 0), FACTUAL + HELD_OUT + CONTRASTS)
+    factual = chance.sample(_sentences(read_bold(), 0), FACTUAL + HELD_OUT + FACTUAL_PROBES)
     rows = [(*row, 1) for row in biased] + [(*row, 0) for row in factual[:FACTUAL]]
     chance.shuffle(rows)
     ids, texts, labels = zip(*rows, strict=True)
