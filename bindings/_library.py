@@ -17,6 +17,7 @@ OPERATORS = (
     "gram",
     "combine",
     "edge",
+    "project_out",
     "weighted_grad",
     "per_sample_grad",
     "per_sample_influence",

@@ -15,6 +15,8 @@ from fastproj.bias_diff.report_command import report
 from fastproj.bias_diff.score_command import score
 from fastproj.bias_diff.select_command import select
 from fastproj.bias_diff.unlearn_command import unlearn
+from fastproj.grasp.command import grasp
+from fastproj.latent.identify_command import identify
 
 app = typer.Typer(
     name="fastproj",
@@ -26,7 +28,7 @@ app = typer.Typer(
 
 app.command()(audit)
 app.add_typer(bench, name="bench")
-for command in (score, select, unlearn, evaluate, report):
+for command in (score, select, unlearn, evaluate, report, identify, grasp):
     app.command()(command)
 
 Alphas = Annotated[str | None, typer.Option("--alpha", metavar="A,B,C", help="Strengths of EDGE to compare.")]

@@ -42,7 +42,7 @@ DEVICE_DTYPES = {
 }
 
 # A CUDA graph reads these tables at every replay, long after the caches below have let go of them.
-_CAPTURED: list[Work] = []
+_CAPTURED: list[object] = []
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,23 @@ def prepare(lists: Sequence[Sequence[Tensor]], first: Sequence[int], rows: bool,
     )
     device = lists[0][0].device
     plan = _plan(shapes, tuple(first), rows, count, dtypes, aligned, device)
-    work = Work(plan, _address_table(addresses, device), len(shapes))
+    work = Work(plan, address_table(addresses, device), len(shapes))
     if device.type == "cuda":
-        _keep(work)
+        keep(work, (work.addresses, plan.bounds, *(group.blocks for group in plan.groups)))
     return work
 
 
-def _keep(work: Work) -> None:
-    """Let no table be freed that the current stream, or a graph that is captured on it, has yet to read."""
-    with on_device(work.addresses):
+def keep(work: object, tables: Sequence[Tensor]) -> None:
+    """Let none of a work list's tables be freed that the current stream has yet to read.
+
+    Nor one that a graph, which is captured on it, will read at every replay.
+    """
+    with on_device(tables[0]):
         if torch.cuda.is_current_stream_capturing():
             _CAPTURED.append(work)
             return
         stream = torch.cuda.current_stream()
-        for table in (work.addresses, work.plan.bounds, *(group.blocks for group in work.plan.groups)):
+        for table in tables:
             table.record_stream(stream)
 
 
@@ -162,11 +165,12 @@ def _row_shape(shard: Tensor, rows: bool) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _address_table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return _upload(torch.tensor(addresses, dtype=torch.int64), device)
+def address_table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Addresses by list and shard, int64 on the device."""
+    return upload(torch.tensor(addresses, dtype=torch.int64), device)
 
 
-def _upload(table: Tensor, device: torch.device) -> Tensor:
+def upload(table: Tensor, device: torch.device) -> Tensor:
     """To the device on a stream of its own, which alone is waited for: what runs elsewhere goes on.
 
     Raises RuntimeError while a CUDA graph is captured, which would replay the copy of a table long gone.
@@ -177,7 +181,8 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "expected a first call with the same tensors before a CUDA graph is captured, and results "
-                "written to given tensors (edge_, combine's out), as new ones have new addresses"
+                "written to given tensors (edge_, project_out_, combine's out), as new ones have new "
+                "addresses"
             )
         stream = _upload_stream(device)
         with torch.cuda.stream(stream):
@@ -216,7 +221,7 @@ def _plan(
         tables.setdefault((dtypes[shard], aligned[shard]), []).append(table)
     bounds = torch.cat([slots_of_segment.new_zeros(1), slots_of_segment.cumsum(0)])
     groups = tuple(_group(torch.cat(cut), bounds, *signature, device) for signature, cut in tables.items())
-    return Plan(groups, slot, _upload(bounds, device))
+    return Plan(groups, slot, upload(bounds, device))
 
 
 def _runs(
@@ -276,7 +281,7 @@ def _group(
         dtypes,
         aligned,
         _columns(int(blocks[narrow, 3].max())) if narrow.any() else 0,
-        _upload(blocks, device),
+        upload(blocks, device),
     )
 
 

@@ -19,6 +19,7 @@ from fastproj.reference.edge import edge
 from fastproj.reference.gram import gram
 from fastproj.reference.per_sample_grad import per_sample_grad
 from fastproj.reference.per_sample_influence import per_sample_influence
+from fastproj.reference.project_out import project_out
 from fastproj.reference.segments import segmentation
 from fastproj.reference.weighted_grad import weighted_grad
 
@@ -26,6 +27,8 @@ from fastproj.reference.weighted_grad import weighted_grad
 SHAPES = ((7, 33), (3, 511), (9001,), (1,), (0, 4), (70, 130))
 # samples, tokens, d_out, d_in: either side the narrow one, tokens that leave a rest
 LAYERS = ((2, 5, 3, 130), (2, 5, 130, 3), (3, 1, 2, 37), (2, 600, 16, 70))
+# vectors, length, rank: on chip and in chunks, with and without wide loads
+SUBSPACES = ((7, 33, 2), (16, 256, 3), (130, 65, 1), (8, 304, 60), (3, 1030, 2), (17, 41, 33))
 SEGMENTS = ("global", "tensor", "row")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,6 +62,20 @@ def span_projections(dtype: torch.dtype, segments: str, device: str) -> None:
     for name, (got, want) in results.items():
         for value, expected in zip(got, want, strict=True):
             require_close(f"{name}, {dtype}, {segments}", value, expected)
+
+
+def subspace_projections(dtype: torch.dtype, left: bool, device: str) -> None:
+    shapes = [(length, vectors) if left else (vectors, length) for vectors, length, _ in SUBSPACES]
+    shards = [random(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    spans = [fastproj.orthonormalize(random(*size, seed=7)) for _, *size in SUBSPACES]
+    want = project_out(shards, [span.matrix for span in spans], range(len(spans)), left)
+    got = fastproj.project_out(
+        [shard.to(device) for shard in shards],
+        [span.to(device) for span in spans],
+        side="left" if left else "right",
+    )
+    for value, expected in zip(got, want, strict=True):
+        require_close(f"project_out, {dtype}, {left}", value, expected)
 
 
 def contractions(dtype: torch.dtype, layer: tuple[int, int, int, int], device: str) -> None:
@@ -101,6 +118,8 @@ def main(device: str) -> None:
     for dtype in DTYPES:
         for segments in SEGMENTS:
             span_projections(dtype, segments, device)
+        for left in (False, True):
+            subspace_projections(dtype, left, device)
         for layer in LAYERS:
             contractions(dtype, layer, device)
             influence(dtype, layer, device)

@@ -18,8 +18,10 @@ from fastproj.kernels.edge import edge
 from fastproj.kernels.gram import MOST_SETS, gram
 from fastproj.kernels.per_sample_grad import per_sample_grad
 from fastproj.kernels.per_sample_influence import per_sample_influence
+from fastproj.kernels.project_out import project_out
 from fastproj.kernels.sketch import sketch
 from fastproj.kernels.weighted_grad import weighted_grad
+from fastproj.reference.basis import orthonormalize
 from fastproj.reference.segments import Segmentation, Segments, segmentation
 
 # One element to each side of a tile and of a block, scalars, narrow rows of every kind, empty shards.
@@ -32,6 +34,18 @@ SMALL = ((257,), (9, 33), (0,))
 IDS = tuple(i * 3 % 5 for i in range(len(SHAPES)))
 SEGMENTS: tuple[Segments, ...] = ("global", "tensor", "row", IDS)
 MIXED = (torch.float32, torch.bfloat16, torch.float16)
+# (vectors, length, rank): one of each, tails of every class of length, more than one program, chunks and what
+# of them is left, wide loads and none.
+SUBSPACES = (
+    (1, 1, 1),
+    (5, 3, 2),
+    (130, 65, 1),
+    (16, 72, 3),
+    (9, 300, 2),
+    (8, 304, 40),
+    (19, 33, 0),
+    (17, 40, 33),
+)
 # (samples, tokens, d_in, d_out): one position, tails of every tile, several splits, tiles side by side.
 LAYERS = ((1, 1, 1, 1), (3, 1, 5, 3), (2, 37, 40, 8), (5, 33, 7, 30), (2, 520, 40, 8), (1, 35, 130, 70))
 
@@ -276,8 +290,42 @@ def _cross_entropy(smoothing: float, ignored: int, tensors: list[Tensor]) -> lis
     return [losses, own, *statistics, cross_entropy_backward(ones, logits, labels, *statistics, *options)]
 
 
+def subspace_cases() -> Iterator[Case]:
+    """Projections onto complements: rows and columns, into tensors of their own and in place."""
+    for (j, layout), left, in_place in product(enumerate(LAYOUTS), (False, True), (False, True)):
+        dtypes = (DTYPES[(j + left) % len(DTYPES)],) if in_place else DTYPES
+        side = "columns" if left else "rows"
+        yield Case(
+            f"project_out {side}{' in place' if in_place else ''}",
+            partial(_subspaces, left, dtypes),
+            partial(_project_out, left, in_place),
+            layout,
+        )
+
+
+def _subspaces(left: bool, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Shards, outputs of NaN for them, and a basis (k, d) for each."""
+    sizes = [(vectors, length) for vectors, length, _ in SUBSPACES]
+    shapes = [(length, vectors) if left else (vectors, length) for vectors, length in sizes]
+    sets = _with_outputs(1, shapes, dtypes)
+    generator = torch.Generator().manual_seed(2)
+    return sets + [
+        orthonormalize(torch.randn(length, rank, generator=generator)).matrix.mT
+        for _, length, rank in SUBSPACES
+    ]
+
+
+def _project_out(left: bool, in_place: bool, tensors: list[Tensor]) -> list[Tensor]:
+    n = len(SUBSPACES)
+    shards, out, bases = tensors[:n], tensors[n : 2 * n], [basis.mT for basis in tensors[2 * n :]]
+    owner = [-1 if i == 2 else i for i in range(n)]
+    project_out(shards, bases, owner, left, shards if in_place else out)
+    return shards if in_place else out
+
+
 CASES = (
     *span_cases(),
+    *subspace_cases(),
     *contraction_cases(),
     *influence_cases(),
     *sketch_cases(),

@@ -283,7 +283,7 @@ def test_tables_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="a first call with the same tensors before"):
-        _blocks._upload(torch.zeros(3, dtype=torch.int64), torch.device("cuda", 0))
+        _blocks.upload(torch.zeros(3, dtype=torch.int64), torch.device("cuda", 0))
 
 
 def test_tables_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,12 +292,12 @@ def test_tables_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_blocks, "_CAPTURED", kept := [])
     work = _blocks.prepare([[torch.ones(5)]], [0], False, 1)
     assert kept == []
-    _blocks._keep(work)
+    _blocks.keep(work, [work.addresses, work.plan.bounds, work.plan.groups[0].blocks])
     assert kept == [work]
     streams: list[object] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "here")
     monkeypatch.setattr(Tensor, "record_stream", lambda table, stream: streams.append(stream))
-    _blocks._keep(work)
+    _blocks.keep(work, [work.addresses, work.plan.bounds, work.plan.groups[0].blocks])
     assert kept == [work]
     assert streams == ["here"] * 3

@@ -189,6 +189,13 @@ def keep_inputs(output: Path, *inputs: Path | None) -> None:
             raise ValueError(f"--output: {output} is what is read")
 
 
+def check_empty(output: Path) -> None:
+    """Raises ValueError where the folder holds something, OSError where it cannot be made."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: expected a new or empty folder, {output} is neither")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
 def sketch_folder(output: Path) -> Path:
     """Where the sketches of the samples scored in ``output`` go."""
     return output.with_suffix(".sketches")

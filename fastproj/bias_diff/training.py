@@ -115,18 +115,22 @@ def fine_tune(
     *,
     folder: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    hold: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> FineTune:
     """Minimise each batch's mean cross entropy over the model's trainable parameters, in place, by AdamW.
 
     Batches hold texts of similar length, in an order that the seed decides. With ``folder`` every epoch ends
     in ``folder/checkpoint-<step>``, as :func:`save_checkpoint` writes it. ``on_step(step, steps, loss)`` is
-    called after each step. The model is left in the mode it was in, the caller's random state untouched.
+    called after each step, ``hold(optimizer)`` once before the first, as :meth:`fastproj.GRASP.hold` has it.
+    The model is left in the mode it was in, the caller's random state untouched.
 
     Raises ValueError where no parameter is trainable, or a text or label does not suit the task.
     """
     config = config or FineTuneConfig()
     samples = encode(records, tokenizer, task=config.task, max_length=config.max_length)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.betas, config.eps)
+    if hold is not None:
+        hold(optimizer)
     training = model.training
     model.train()
     try:

@@ -66,7 +66,7 @@ def unlearn(
     --retrain trains a new adapter, of --adapter's configuration where that is given, on those alone.
     """
     with shared.errors_in_one_line():
-        _check_output(output)
+        shared.check_empty(output)
         if retrain and (beta is not None or retain_weight is not None or length_normalised):
             raise ValueError("--beta, --retain-weight and --length-normalised are NPO's: leave --retrain out")
         import torch
@@ -176,13 +176,6 @@ def _adapter_like(model: Any, adapter: Path, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
-
-
-def _check_output(output: Path) -> None:
-    """Raises ValueError where the folder holds something, OSError where it cannot be made."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: expected a new or empty folder, {output} is neither")
-    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _save(model: Any, tokenizer: Any, record: dict[str, Any], output: Path) -> None:

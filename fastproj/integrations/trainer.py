@@ -1,4 +1,4 @@
-"""EDGE in the logs of Hugging Face's Trainer."""
+"""EDGE and GRASP as callbacks of Hugging Face's Trainer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from fastproj.methods.edge import EDGE
+    from fastproj.methods.grasp import GRASP
 
 
 class EdgeCallback(TrainerCallback):
@@ -45,6 +46,31 @@ class EdgeCallback(TrainerCallback):
         cosine, share = torch.stack(self._seen).mean(0).tolist()
         self._seen.clear()
         added = {"edge_cosine": cosine, "edge_bias_share": share}
+        logs.update(added)
+        if state.log_history:
+            state.log_history[-1].update(added)
+
+
+class GraspCallback(TrainerCallback):
+    """Holds the trainer's optimiser: gradients are projected before its steps, parameters after them.
+
+    Adds ``grasp_violation``, see :meth:`GRASP.violation`, to the trainer's last entry of its logs.
+    """
+
+    def __init__(self, engine: GRASP) -> None:
+        self._engine = engine
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimiser is there from here on."""
+        self._engine.hold(kwargs["optimizer"])
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Once, when training is over: the violation waits for the device."""
+        if logs is None or "train_runtime" not in logs:
+            return
+        added = {"grasp_violation": self._engine.violation()}
         logs.update(added)
         if state.log_history:
             state.log_history[-1].update(added)

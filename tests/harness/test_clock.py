@@ -54,7 +54,7 @@ def test_what_bounds_the_copies_is_named() -> None:
 
 def test_every_copy_finds_its_table_again() -> None:
     """Each copy has a table of addresses of its own, which the kernels drop when too many came after it."""
-    assert _blocks._address_table.cache_parameters()["maxsize"] > MOST_COPIES
+    assert _blocks.address_table.cache_parameters()["maxsize"] > MOST_COPIES
 
 
 @pytest.mark.parametrize(("footprint", "resident"), [(0, 1), (1, 0), (-1, 5)])

@@ -102,7 +102,7 @@ def test_runs_agree_whatever_lies_around() -> None:
     dirt = [torch.full((number * 700,), torch.nan, device=DEVICE) for number in range(1, 20)]
     del dirt[::2]
     _blocks._plan.cache_clear()
-    _blocks._address_table.cache_clear()
+    _blocks.address_table.cache_clear()
     assert_same(everything(), first)
 
 

@@ -1,0 +1,1 @@
+"""GRASP from files: a naive fine-tune, the same one under the constraint, and what else could be done."""

@@ -1,0 +1,1 @@
+"""Latent factors: read from the weights of a fine-tune, tested, saved."""

@@ -1,0 +1,88 @@
+"""The residual stream at the outputs of a model's blocks: what is done to it there, forward or backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.architectures import blocks
+from fastproj.bindings.project_out import project_out_stream
+from fastproj.latent.factors import LatentFactors
+from fastproj.reference.basis import Basis
+
+Change = Callable[[Tensor], Tensor]
+
+
+def stream_basis(factors: LatentFactors) -> Basis:
+    """The directions in the residual stream. ValueError for factors of modules, or of what these read."""
+    if factors.pool != "stream" or factors.side != "write":
+        raise ValueError(
+            "expected factors of the residual stream, identify(..., pool='stream', side='write'), got "
+            f"pool={factors.pool!r}, side={factors.side!r}"
+        )
+    return factors.bases["stream"]
+
+
+def on_blocks(
+    model: nn.Module, change: Change, chosen: Collection[int] | None = None
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put ``change`` on the output of every block, or of those at the positions in ``chosen``.
+
+    Raises ValueError for a position that is not there.
+    """
+    found = list(blocks(model).values())
+    wrong = [] if chosen is None else sorted(set(chosen) - set(range(len(found))))
+    if wrong:
+        raise ValueError(f"expected blocks from 0 to {len(found) - 1}, got {wrong}")
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    return [
+        block.register_forward_hook(hook)
+        for position, block in enumerate(found)
+        if chosen is None or position in chosen
+    ]
+
+
+class Projection:
+    """``h ← h − (h V) Vᵀ``, forward and so backward; also the backward of :class:`BackwardProjection`."""
+
+    def __init__(self, basis: Basis) -> None:
+        self._basis = basis
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        return project_out_stream(stream, self.basis_for(stream))
+
+    def basis_for(self, stream: Tensor) -> Basis:
+        """The basis where the stream is, and as precise."""
+        dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
+        if self._basis.matrix.device != stream.device or self._basis.matrix.dtype != dtype:
+            self._basis = self._basis.to(stream.device, dtype)
+        return self._basis
+
+
+class BackwardProjection(Projection):
+    """``h ← h`` forward, ``δ ← δ − (δ V) Vᵀ`` backward."""
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        if not stream.requires_grad:
+            return stream
+        out: Tensor = _ProjectGradient.apply(stream, self.basis_for(stream))
+        return out
+
+
+class _ProjectGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, basis: Basis) -> Tensor:
+        ctx.basis = basis
+        return stream.view_as(stream)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return project_out_stream(grads[0], ctx.basis), None
