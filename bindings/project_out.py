@@ -35,8 +35,8 @@ def project_out(
 
     Returns:
         n new tensors of the shards' shapes and dtypes, None where the shard is None. Half and single
-        precision are projected in fp32 and rounded once, fp64 in fp64. NaN or Inf make their own row (right)
-        or column (left) NaN, and no other.
+        precision are projected in fp32 and rounded once, fp64 in fp64. NaN or Inf leave nothing finite in
+        their own row (right) or column (left), and touch no other.
 
     Raises:
         TypeError: shards that are no floating-point tensors, or DTensors; a basis of another type.
@@ -94,7 +94,7 @@ def _check(
     if isinstance(basis, (Basis, Tensor)):
         one = _as_basis(basis)
         spans = [one] * checked.length
-    elif isinstance(basis, Sequence):
+    elif isinstance(basis, Sequence) and not isinstance(basis, str):
         spans = basis
     else:
         raise TypeError(f"basis must be a Basis, a tensor or a list of them, got {type(basis).__name__}")

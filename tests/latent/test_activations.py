@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def cohens_d(first: Tensor, second: Tensor) -> Tensor:
 def single_passes(
     model: Any, tokenizer: Any, take: Callable[[Callable[[Tensor], None]], Any], directions: Tensor
 ) -> Tensor:
-    """(sentences, rank): means over tokens of what is hooked, each sentence run alone and so not padded."""
+    """(sentences, rank): means over tokens but the first of what is hooked, each sentence run alone."""
     rows = []
     model.eval()
     for sentence in (*WITH, *WITHOUT):
@@ -57,7 +58,8 @@ def single_passes(
         with torch.no_grad():
             model(input_ids=torch.tensor([tokenizer(sentence)["input_ids"]]))
         handle.remove()
-        rows.append((kept[0][0].double() @ directions).mean(0))
+        x = kept[0][0].double()
+        rows.append((x[min(1, len(x) - 1) :] @ directions).mean(0))
     return torch.stack(rows)
 
 
@@ -94,7 +96,11 @@ def test_differences_of_the_stream_are_means_of_standardised_places(build: Any, 
     factors = identify(model, side=side, rank=3, draws=0)
     found = activation_difference(model, tokenizer, factors, WITH, WITHOUT, batch_size=4)["stream"]
     modules = dict(model.get_base_model().named_modules())
-    places = blocks(model).values() if side == "write" else [modules[name] for name in factors.modules]
+    # Keys and values read what queries do, the second layer of a gated MLP what its gate does.
+    again = ("k_proj", "v_proj", "up_proj", "key", "value")
+    readers = [name for name in factors.modules if not name.endswith(again)]
+    assert side == "write" or len(readers) == 4
+    places = blocks(model).values() if side == "write" else [modules[name] for name in readers]
     basis = factors.bases["stream"].matrix
     total = torch.zeros(len(WITH) + len(WITHOUT), 3, dtype=torch.float64)
     for place in places:
@@ -117,7 +123,7 @@ def test_a_direction_that_tells_the_sentences_apart_is_far_ahead() -> None:
     plain = identify(model, rank=2, draws=0)
     bases = {"stream": orthonormalize(torch.stack([told, other], 1))}
     factors = LatentFactors("write", "stream", bases, plain.spectra, {}, {}, {}, {}, ())
-    firsts = ["rich", "rich man", "the rich", "rich woman"]
+    firsts = ["rich", "man rich", "the rich", "a rich woman"]
     seconds = [text.replace("rich", "poor") for text in firsts]
     found = activation_difference(model, tokenizer, factors, firsts, seconds)["stream"]
     assert float(found[0]) > 3
@@ -125,6 +131,31 @@ def test_a_direction_that_tells_the_sentences_apart_is_far_ahead() -> None:
     swapped = activation_difference(model, tokenizer, factors, seconds, firsts)["stream"]
     # The same sentences in another order of sums.
     torch.testing.assert_close(swapped, -found, rtol=1e-6, atol=1e-6)
+
+
+def test_sentences_of_other_lengths_alone_do_not_differ() -> None:
+    """The same pairs of words once or three times, in a stream that is huge at the first token alone."""
+    model, tokenizer = causal()
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    direction = torch.nn.functional.normalize(base.model.embed_tokens.weight.detach().double().sum(0), dim=0)
+    factors = replace(identify(model, draws=0), bases={"stream": orthonormalize(direction[:, None])})
+    with torch.no_grad():
+        for block in blocks(model).values():
+            for parameter in block.parameters():
+                parameter.zero_()
+
+    def park(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        embedded[:, 0] += 1000 * direction.float()
+        return embedded
+
+    base.model.embed_tokens.register_forward_hook(park)
+    short = [f"then {pair}" for pair in ("rich man", "poor man", "a fox", "lazy cook")]
+    long = [text + 2 * text.removeprefix("then") for text in short]
+    for side in ("left", "right"):  # batches are padded at the right all the same
+        tokenizer.padding_side = side
+        found = activation_difference(model, tokenizer, factors, short, long, batch_size=3)["stream"]
+        # Equal means, summed over two tokens or six in fp32; with the first token, beyond 100.
+        assert abs(float(found)) < 1e-4
 
 
 def test_modes_gradients_and_hooks_are_as_before() -> None:

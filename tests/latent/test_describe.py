@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import made_factors
@@ -240,6 +241,25 @@ def test_what_a_module_reads_and_writes_is_taken_by_the_side() -> None:
             tuned, tiny_text.tokenizer(), module, direction / direction.norm(), reads=side == "read"
         )
         torch.testing.assert_close(got["model.layers.1.mlp.down_proj"][:, 0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_that_read_one_tensor_are_one_place() -> None:
+    model, tokenizer = tiny_text.llama(), tiny_text.tokenizer()
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in ("v", "k", "q")]
+    factors = replace(
+        made_factors.stream_factors(WIDTH, side="read", rank=1),
+        modules=(*names, "model.layers.1.mlp.up_proj"),
+    )
+    direction = factors.bases["stream"].matrix[:, 0]
+    got = sentence_scores(model, tokenizer, factors, SENTENCES)["stream"][:, 0]
+    places = [by_hand(model, tokenizer, m, direction, reads=True) for m in (attention.q_proj, mlp.up_proj)]
+    torch.testing.assert_close(got, torch.stack(places).mean(0), rtol=1e-4, atol=1e-5)
+    # Directions of its own make each module a place.
+    alike = made_factors.factors(dict.fromkeys(names, factors.bases["stream"]), "read", "module")
+    each = sentence_scores(model, tokenizer, alike, SENTENCES)
+    for name in names:
+        torch.testing.assert_close(each[name][:, 0], places[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_sentence_with_the_token_that_is_read_comes_first() -> None:
