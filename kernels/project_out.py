@@ -46,7 +46,7 @@ THREADS_OF_CHUNKS = 64
 STAGES = 5
 SMALLEST_CHUNK = 16  # elements of a vector: the inner side of the smallest matrix product
 LARGEST_CHUNK = 64
-CHUNK_OF_DIRECTIONS = 2048  # elements of all directions together, a quarter as many in fp64
+CHUNK_OF_DIRECTIONS = 1024  # elements of all directions together, a quarter as many in fp64
 LEADING_BITS = tl.constexpr(-(2**13))  # of an fp32 number, all but the last 13
 
 
@@ -185,6 +185,13 @@ def part_inside(coefficients, directions, LEFT: tl.constexpr, ACC: tl.constexpr)
 
 
 @triton.jit
+def load_chunk(pointers, inside, ACC: tl.constexpr):
+    """Elements of vectors, zeros where there are none."""
+    chunk = tl.load(pointers, mask=inside, other=0.0)
+    return chunk.to(ACC)
+
+
+@triton.jit
 def store_chunk(pointers, chunk, inside):
     """The chunk, rounded once."""
     tl.store(pointers, rounded(chunk, pointers.dtype.element_ty), mask=inside)
@@ -207,13 +214,13 @@ def _project_chunks_kernel(
     for start in range(0, length, CHUNK):
         element = start + tl.arange(0, CHUNK)
         at, inside = vector_places(vector, element, vectors, length, LEFT, ALIGNED)
-        chunk = tl.load(source + at, mask=inside, other=0.0).to(ACC)
+        chunk = load_chunk(source + at, inside, ACC)
         directions = load_directions(basis, element, length, rank, RANK, ALIGNED)
         coefficients = add_coefficients(coefficients, chunk, directions, LEFT, ACC == DTYPE)
     for start in range(0, length, CHUNK):
         element = start + tl.arange(0, CHUNK)
         at, inside = vector_places(vector, element, vectors, length, LEFT, ALIGNED)
-        chunk = tl.load(source + at, mask=inside, other=0.0).to(ACC)
+        chunk = load_chunk(source + at, inside, ACC)
         directions = load_directions(basis, element, length, rank, RANK, ALIGNED)
         store_chunk(target + at, chunk - part_inside(coefficients, directions, LEFT, ACC), inside)
 
@@ -305,6 +312,7 @@ SHORT = "a short direction out of the cache: a thread takes a number or two of i
 LEFT_SO = (
     "AMD's matrix unit leaves a lane four neighbours of fp32 or two of fp64, which are stored as they lie"
 )
+FEW = "64 directions leave room for 16 elements of 16 vectors: of half precision 8 bytes a thread"
 TURNED = "tensor cores read fp64 direction by direction: the copy turns the chunk, an element at a time"
 
 
@@ -333,6 +341,8 @@ def _chunk_case(dtype: torch.dtype, rank: int, left: bool, aligned: bool) -> Com
     narrow = {} if dtype == torch.float32 else {"store_chunk": LEFT_SO}
     if dtype == torch.float64:
         narrow["load_directions"] = TURNED
+    elif constants["CHUNK"] * CHUNK_VECTORS * dtype.itemsize < THREADS_OF_CHUNKS * ALIGNMENT:
+        narrow["load_chunk"] = FEW
     # Directions that weigh more than twice the vectors set the pace, from a cache, and not the memory.
     busy = aligned and rank * (8 if dtype == torch.float64 else 4) <= 2 * CHUNK_VECTORS * dtype.itemsize
     return CompileCase(

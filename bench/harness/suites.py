@@ -18,8 +18,10 @@ from fastproj.bench.traffic.models import OPERATORS as MODELS
 from fastproj.bench.traffic.models import Traffic
 from fastproj.bench.traffic.moves import DTYPES
 from fastproj.bench.traffic.sketch import DIMENSION, sketch_call
+from fastproj.bench.traffic.subspace import RANK
 from fastproj.bench.traffic.workloads import WORKLOADS, Contraction, Workload
 from fastproj.bench.workloads import Shape
+from fastproj.bindings.project_out import Side
 from fastproj.reference.adam import AdamState
 from fastproj.reference.combine import combine as reference_combine
 from fastproj.reference.cross_entropy import cross_entropy as reference_cross_entropy
@@ -27,13 +29,14 @@ from fastproj.reference.edge import edge as reference_edge
 from fastproj.reference.gram import gram as reference_gram
 from fastproj.reference.per_sample_grad import per_sample_grad as reference_per_sample
 from fastproj.reference.per_sample_influence import per_sample_influence as reference_influence
+from fastproj.reference.project_out import project_out as reference_project_out
 from fastproj.reference.segments import segmentation
 from fastproj.reference.sketch import sketch as reference_sketch
 from fastproj.reference.weighted_grad import weighted_grad as reference_weighted
 
 SUITES = (
-    *("gram", "combine", "edge", "weighted_grad", "per_sample_grad", "per_sample_influence", "sketch"),
-    "cross_entropy",
+    *("gram", "combine", "edge", "project_out", "weighted_grad", "per_sample_grad"),
+    *("per_sample_influence", "sketch", "cross_entropy"),
 )
 SUMS = 2
 # A projection in place adds at most α |g| to e, and short calls are repeated up to about 1e5 times: e stays
@@ -94,6 +97,8 @@ def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> 
         for workload in workloads:
             if suite in SPAN:
                 yield span_case(suite, workload, device)
+            elif suite == "project_out":
+                yield project_out_case(workload, device)
             elif suite == "cross_entropy":
                 yield cross_entropy_case(workload, device)
             elif suite == "sketch":
@@ -195,6 +200,38 @@ def span_case(suite: str, workload: Workload, device: str) -> Case:
     traffic = MODELS[suite](workload)
     subject = Subject(lambda seed: prepare(workload.shards, seed).call, touched, touched, traffic.launches)
     return Case(suite, workload.name, "", workload.dtype, traffic, subject, check)
+
+
+def project_out_case(workload: Workload, device: str) -> Case:
+    """A workload's shards out of directions of their own: each A from the right, each B from the left."""
+    traffic = MODELS["project_out"](workload)
+
+    def prepare(shapes: Sequence[Shape], seed: int) -> dict[Side, tuple[list[Tensor], list[fastproj.Basis]]]:
+        shards = gradients(shapes, workload.dtype, seed, device)
+        wide = "fp64" if workload.dtype == "fp64" else "fp32"
+        vectors = gradients([(max(shape), RANK) for shape in shapes], wide, seed + 1, device)
+        bases = [fastproj.orthonormalize(own) for own in vectors]
+        return {"right": (shards[::2], bases[::2]), "left": (shards[1::2], bases[1::2])}
+
+    def project(sides: dict[Side, tuple[list[Tensor], list[fastproj.Basis]]]) -> list[Tensor]:
+        calls = (fastproj.project_out(*own, side=side) for side, own in sides.items())
+        return [shard for projected in calls for shard in projected if shard is not None]
+
+    def check() -> None:
+        sides = prepare(workload.shards[:CHECKED_SHARDS], 0)
+        want: list[Tensor] = []
+        for side, (shards, bases) in sides.items():
+            exact = [shard.double().cpu() for shard in shards]
+            matrices = [basis.matrix.double().cpu() for basis in bases]
+            want += reference_project_out(exact, matrices, range(len(exact)), side == "left")
+        largest = max(shard.abs().max().item() for shard in want)
+        require_close("project_out", project(sides), want, SUMMED * largest)
+
+    subject = Subject(
+        lambda seed: partial(project, prepare(workload.shards, seed)),
+        traffic.least_bytes, traffic.least_bytes, traffic.launches,
+    )  # fmt: skip
+    return Case("project_out", workload.name, "", workload.dtype, traffic, subject, check)
 
 
 def contraction_case(suite: str, workload: Workload, contraction: Contraction, device: str) -> Case:

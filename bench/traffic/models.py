@@ -10,6 +10,7 @@ from fastproj.bench.traffic.influence import per_sample_influence
 from fastproj.bench.traffic.moves import Floor, Traffic, roofline
 from fastproj.bench.traffic.sketch import sketch
 from fastproj.bench.traffic.span import combine, edge, gram, gram_and_combine
+from fastproj.bench.traffic.subspace import project_out
 from fastproj.bench.traffic.workloads import Workload
 
 OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
@@ -17,6 +18,7 @@ OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
     "combine": combine,
     "gram + combine": gram_and_combine,
     "edge": edge,
+    "project_out": project_out,
     "weighted_grad": weighted_grad,
     "per_sample_grad": per_sample_grad,
     "per_sample_influence": per_sample_influence,
@@ -35,6 +37,7 @@ __all__ = [
     "gram_and_combine",
     "per_sample_grad",
     "per_sample_influence",
+    "project_out",
     "roofline",
     "sketch",
     "weighted_grad",

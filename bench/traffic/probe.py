@@ -24,13 +24,16 @@ from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves
 from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
 from fastproj.bench.traffic.sketch import WIDTH, dense_moves, hadamard_moves, kronecker_moves, sparse_moves
 from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
-from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, weighted_grad
+from fastproj.bench.traffic.subspace import project_out_moves
+from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, project_out, weighted_grad
 from fastproj.kernels.per_sample_influence import per_sample_influence
 from fastproj.kernels.sketch import sketch
 from fastproj.reference.segments import Segments, segmentation
 
 # Ragged tails, a vector, narrow rows in whole and in part, rows and shards of several blocks.
 SHAPES = ((16, 33), (40, 16), (5,), (9, 3), (2, 5000), (3, 700))
+# (vectors, length, rank): on chip and in chunks, ragged and whole, one of several blocks.
+SUBSPACES = ((16, 40, 3), (5, 300, 40), (130, 65, 1), (33, 64, 2), (8, 1030, 2))
 # (samples, tokens, d_in, d_out): LoRA A and B, tokens in one range and in several, rows in several tiles.
 BATCHES = ((2, 520, 150, 5), (3, 7, 4, 40), (2, 40, 70, 68))
 
@@ -126,6 +129,8 @@ def probes() -> Iterator[Probe]:
         yield from span_probes(SHAPES[:4], (dtype,), "tensor")
     yield from span_probes(SHAPES[:4], ("fp32", "bf16", "fp32"), "row")
     for dtype in DTYPES:
+        yield from subspace_probes(SUBSPACES, dtype)
+    for dtype in DTYPES:
         for batch in BATCHES:
             yield from contraction_probes(batch, dtype)
             yield from influence_probes(batch, dtype)
@@ -169,6 +174,29 @@ def span_probes(
         for variant in ("paper", "released") if plan.rows else ("paper",):
             call = partial(edge.edge, erm, gce, out, *where, alpha=0.5, variant=variant, skip_nonfinite=False)
             yield Probe("edge", f"{name}, {variant}", call, edge_moves(lists, out, plan, variant), 5)
+
+
+def subspace_probes(sizes: Sequence[tuple[int, int, int]], dtype: str) -> Iterator[Probe]:
+    """Projections of shards of these (vectors, length, rank), rows and columns; the last two share a basis.
+
+    That of the last, where its vectors are as long as those of the one before.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == "fp64" else torch.float32
+    bases = [torch.randn(k, d, generator=generator, dtype=wide) / d for _, d, k in sizes]
+    if len(sizes) > 1 and sizes[-1][1] == sizes[-2][1]:
+        bases[-2] = bases[-1]
+    for left in (False, True):
+        shards = [
+            torch.randn((n, m) if not left else (m, n), generator=generator).to(DTYPES[dtype])
+            for n, m, _ in sizes
+        ]
+        call = partial(
+            project_out.project_out, shards, [basis.mT for basis in bases], range(len(sizes)), left, shards
+        )
+        name = f"{dtype}, {'columns' if left else 'rows'} of {len(sizes)} shards"
+        moves = project_out_moves(shards, bases, shards, left)
+        yield Probe("project_out", name, call, moves)
 
 
 def contraction_probes(batch: tuple[int, int, int, int], dtype: str, sums: int = 2) -> Iterator[Probe]:

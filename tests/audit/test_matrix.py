@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from projection_inputs import Problem, problems, run
 from span_inputs import Family, families, random_sets
 
 import fastproj.kernels
@@ -107,6 +108,12 @@ def traits(kernel: str, constants: dict[str, Any]) -> dict[str, Any] | None:
     return chosen
 
 
+def one_by_one(constants: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The classes of length of a launch apart: a branch each, which registers of their own serve."""
+    lengths = constants.get("LENGTHS")
+    yield from [constants] if lengths is None else ({**constants, "LENGTHS": length} for length in lengths)
+
+
 def pairs(chosen: dict[str, Any]) -> Iterator[frozenset[tuple[str, Any]]]:
     return (frozenset(pair) for pair in combinations(sorted(chosen.items()), 2))
 
@@ -116,8 +123,9 @@ def compiled_pairs() -> dict[str, set[frozenset[tuple[str, Any]]]]:
     known: dict[str, set[frozenset[tuple[str, Any]]]] = {}
     for operator in operators():
         for case in cases(operator):
-            chosen = traits(case.kernel.__name__, dict(case.constexprs))
-            known.setdefault(case.kernel.__name__, set()).update(pairs(chosen or {}))
+            for constants in one_by_one(dict(case.constexprs)):
+                chosen = traits(case.kernel.__name__, constants)
+                known.setdefault(case.kernel.__name__, set()).update(pairs(chosen or {}))
     return known
 
 
@@ -125,9 +133,9 @@ KNOWN = compiled_pairs()
 
 
 def check(launch: Launch) -> None:
-    chosen = traits(launch.kernel, dict(launch.arguments))
-    missing = set(pairs(chosen or {})) - KNOWN[launch.kernel]
-    assert missing == set(), f"{launch.kernel} was launched with what no case has"
+    for constants in one_by_one(dict(launch.arguments)):
+        missing = set(pairs(traits(launch.kernel, constants) or {})) - KNOWN[launch.kernel]
+        assert missing == set(), f"{launch.kernel} was launched with what no case has"
 
 
 @interpreted
@@ -146,6 +154,14 @@ def test_launchers_of_projections_choose_what_is_compiled(family: Family, varian
         )
         if len(sets) > 1 and (variant != "released" or plan.rows):
             edge.edge(sets[0], sets[1], sets[0], plan.first, plan.rows, plan.count, 1.0, variant, False)
+
+
+@interpreted
+@settings(max_examples=15)
+@given(problem=problems())
+def test_launchers_of_subspace_projections_choose_what_is_compiled(problem: Problem) -> None:
+    with observed_accesses(lambda access: None, check):
+        run("triton", problem)
 
 
 @interpreted

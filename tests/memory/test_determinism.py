@@ -14,12 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fastproj.kernels import _blocks
+from fastproj.kernels import _blocks, _project_out_plan
 from fastproj.kernels.combine import combine
 from fastproj.kernels.edge import edge
 from fastproj.kernels.gram import gram
 from fastproj.kernels.per_sample_grad import per_sample_grad
+from fastproj.kernels.project_out import project_out
 from fastproj.kernels.weighted_grad import weighted_grad
+from fastproj.reference.basis import orthonormalize
 from fastproj.reference.segments import Segments, segmentation
 
 pytestmark = [
@@ -74,6 +76,21 @@ def layer(samples: int = 4, tokens: int = 300, seed: int = 0) -> tuple[Tensor, T
     return x.bfloat16(), delta.bfloat16(), weights
 
 
+def project_out_of(order: Sequence[int], left: bool) -> list[Tensor]:
+    """Shards in this order: those with vectors of 304 out of 40 directions, in chunks, others out of one."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for shape in ((16, 40), (8, 304), (304, 8), (3, 511)):
+        length = shape[0 if left else 1]
+        vectors = torch.randn(length, 40 if length == 304 else 1, generator=generator)
+        shard = torch.randn(shape, generator=generator)
+        made.append((shard.to(DEVICE), orthonormalize(vectors).matrix.to(DEVICE)))
+    shards, bases = ([made[i][part] for i in order] for part in range(2))
+    out = [torch.empty_like(shard) for shard in shards]
+    project_out(shards, bases, range(len(shards)), left, out)
+    return out
+
+
 def everything() -> list[Tensor]:
     """Each launcher once, over inputs made anew."""
     sets = sets_of()
@@ -85,6 +102,8 @@ def everything() -> list[Tensor]:
         *edge_of(sets, "global"),
         *edge_of(sets, "row", "released"),
         *combine_of(sets, coefficients, "tensor"),
+        *project_out_of(range(4), False),
+        *project_out_of(range(4), True),
         weighted_grad(x, delta, weights),
         per_sample_grad(x, delta),
     ]
@@ -102,6 +121,7 @@ def test_runs_agree_whatever_lies_around() -> None:
     dirt = [torch.full((number * 700,), torch.nan, device=DEVICE) for number in range(1, 20)]
     del dirt[::2]
     _blocks._plan.cache_clear()
+    _project_out_plan._groups.cache_clear()
     _blocks.address_table.cache_clear()
     assert_same(everything(), first)
 
@@ -134,6 +154,12 @@ def test_shard_order_without_effect_on_combinations(segments: str) -> None:
     out = combine_of(sets, coefficients, segments)
     got = combine_of(permuted(sets), coefficients[order_of_segments(sets, segments)], segments)
     assert_same(got, [out[i] for i in ORDER])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_shard_order_without_effect_on_subspace_projections(left: bool) -> None:
+    order, want = (2, 0, 3, 1), project_out_of(range(4), left)
+    assert_same(project_out_of(order, left), [want[i] for i in order])
 
 
 def test_shard_order_in_one_segment_changes_the_order_of_the_sum_alone() -> None:
@@ -186,4 +212,5 @@ def test_the_chip_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for question in ("get_device_properties", "get_device_capability", "get_device_name"):
         monkeypatch.setattr(torch.cuda, question, refuse)
     _blocks._plan.cache_clear()
+    _project_out_plan._groups.cache_clear()
     assert_same(everything(), want)

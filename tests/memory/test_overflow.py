@@ -18,9 +18,11 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from fastproj.kernels import _blocks, combine, per_sample_grad, weighted_grad
+from fastproj.kernels import _blocks, combine, per_sample_grad, project_out, weighted_grad
+from fastproj.kernels import _project_out_plan as project_out_plan
 from fastproj.kernels.gram import launch_partials
 from fastproj.kernels.weighted_grad import index_dtype
+from fastproj.reference.basis import orthonormalize
 
 INT32 = 2**31
 LARGEST_TILE = 2048  # elements that a lane's offset may lie past the end of a block
@@ -248,6 +250,34 @@ def test_products_find_a_far_block(reserved: Tensor) -> None:
     work = last_block_alone(_blocks.prepare([[shard], [shard]], (0,), False, 1))
     partials = launch_partials(work, 2)
     assert partials[:, -1].tolist() == [len(tail) / 4] * 3
+
+
+@on_gpu
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(("length", "rank"), [(64, 2), (1024, 33)])
+def test_subspace_projections_find_a_far_block(
+    left: bool, length: int, rank: int, reserved: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On chip and in chunks, in a shard of more than 2³¹ elements and alone."""
+    vectors = reserved.numel() // length
+    shard = reserved.view(length, vectors) if left else reserved.view(vectors, length)
+    basis = orthonormalize(torch.randn(length, rank, generator=torch.Generator().manual_seed(1))).matrix
+    on_chip = project_out_plan.length_on_chip(length, rank, left, shard.dtype)
+    side = project_out_plan.tile_elements(shard.dtype) // on_chip if on_chip else 16
+    tail = shard[:, -side:] if left else shard[-side:]
+    near = torch.randn(tail.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    tail.copy_(near)
+
+    def prepare(*args: Any) -> project_out_plan.Work:
+        work = project_out_plan.prepare(*args)
+        (group,) = work.groups
+        return replace(work, groups=(replace(group, blocks=group.blocks[-1:].contiguous()),))
+
+    project_out.project_out([near], [basis.to(DEVICE)], [0], left, [near])
+    monkeypatch.setattr(project_out, "prepare", prepare)
+    project_out.project_out([shard], [basis.to(DEVICE)], [0], left, [shard])
+    assert torch.equal(tail, near)
+    assert near.any()
 
 
 def test_more_than_int32_counts_is_refused() -> None:

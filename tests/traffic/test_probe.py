@@ -11,12 +11,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from span_inputs import SHAPES
 
 from fastproj.bench.traffic.moves import DTYPES
-from fastproj.bench.traffic.probe import contraction_probes, judge, probe_all, span_probes
+from fastproj.bench.traffic.probe import contraction_probes, judge, probe_all, span_probes, subspace_probes
 from fastproj.kernels import combine, edge, weighted_grad
 from fastproj.kernels.sketch import HOMES
 
@@ -31,7 +31,7 @@ def test_every_probe_agrees_with_the_model():
     results = probe_all()
     assert [result.problem for result in results if result.problem] == []
     assert {result.operator for result in results} == {
-        *("gram + combine", "edge", "weighted_grad", "per_sample_grad"),
+        *("gram + combine", "edge", "project_out", "weighted_grad", "per_sample_grad"),
         *("per_sample_influence", "sketch", "cross_entropy"),
     }
     assert all(result.counted == result.modelled for result in results)
@@ -48,6 +48,20 @@ def test_span_projections_access_what_the_model_says(
     shapes: list[tuple[int, ...]], dtypes: list[str], segments: str, sets: int
 ):
     for probe in span_probes(shapes, dtypes, segments, sets):
+        assert judge(probe).problem is None
+
+
+@settings(max_examples=10)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(64, 200), st.sampled_from([1, 3, 40])),
+        min_size=1,
+        max_size=3,
+    ),
+    dtype=names,
+)
+def test_subspace_projections_access_what_the_model_says(sizes: list[tuple[int, int, int]], dtype: str):
+    for probe in subspace_probes(sizes, dtype):
         assert judge(probe).problem is None
 
 
