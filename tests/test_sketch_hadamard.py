@@ -55,8 +55,13 @@ def assert_close(got: Tensor, want: Tensor, vectors: Tensor) -> None:
     """Entries are ±1/√k, summed in twelve rounds, or two of 64, and block by block."""
     assert got.dtype == (torch.float64 if vectors.dtype == torch.float64 else torch.float32)
     # Rounding errors of sums with random signs grow with |v|: 32 of them leave room for the largest output.
+    # In fp64 the reference rounds as much, and more: it adds up thousands of terms in a row.
+    errors = 128 if got.dtype == torch.float64 else 32
     allowed = (
-        32 * torch.finfo(got.dtype).eps * vectors.double().norm(dim=1, keepdim=True) / want.shape[1] ** 0.5
+        errors
+        * torch.finfo(got.dtype).eps
+        * vectors.double().norm(dim=1, keepdim=True)
+        / want.shape[1] ** 0.5
     )
     assert got.shape == want.shape
     assert bool(((got.double() - want).abs() <= allowed).all()), (got.double() - want).abs().max()
