@@ -151,6 +151,7 @@ def test_a_wheel_holds_the_page_templates_and_the_typing_marker(wheel: set[str])
     assert "fastproj/py.typed" in wheel
     for package, folder in {
         "fastproj/demo": ROOT / "fastproj" / "demo",
+        "fastproj/latent": ROOT / "fastproj" / "latent",
         "fastproj/templates": ROOT / "fastproj" / "templates",
         "fastproj/bench/audit": ROOT / "bench" / "audit",
     }.items():

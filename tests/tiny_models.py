@@ -53,6 +53,20 @@ class Tiny:
         return Tiny(self.model, inputs, self.labels[start:stop], self.shift)
 
 
+class Rows(torch.utils.data.Dataset):
+    """A tiny batch as a dataset, so many times over."""
+
+    def __init__(self, tiny: Tiny, times: int) -> None:
+        self.tiny, self.times = tiny, times
+
+    def __len__(self) -> int:
+        return len(self.tiny.labels) * self.times
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = index % len(self.tiny.labels)
+        return {**{k: v[row] for k, v in self.tiny.inputs.items()}, "labels": self.tiny.labels[row]}
+
+
 def with_lora(model: nn.Module, **options: Any) -> nn.Module:
     """In fp64 and training mode, with an adapter whose B is not zero."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0, **options}

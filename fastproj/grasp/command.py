@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastproj.bias_diff import commands as shared
+from fastproj.latent.identify_command import Pool, PoolOption
 
 if TYPE_CHECKING:
     from fastproj.grasp.comparison import Row
@@ -27,13 +28,6 @@ class Method(str, Enum):
     STEER = "steer"
 
 
-class Pool(str, Enum):
-    """Where directions are looked for."""
-
-    MODULE = "module"
-    STREAM = "stream"
-
-
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder or name of the model.")]
 Train = Annotated[Path | None, typer.Option(help="Training samples: JSONL, CSV or Parquet.")]
 HeldOut = Annotated[Path | None, typer.Option(help="Samples to measure with, alike.")]
@@ -47,7 +41,6 @@ Factors = Annotated[
     Path | None, typer.Option(help="Directions by fastproj identify; else found in the naive adapter.")
 ]
 Directions = Annotated[int, typer.Option(min=1, max=64, help="Directions to keep clear of.")]
-PoolOption = Annotated[Pool, typer.Option(help="Of the residual stream, or of each module.")]
 Tolerance = Annotated[
     float | None,
     typer.Option(

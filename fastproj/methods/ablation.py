@@ -75,8 +75,10 @@ class Steering(_OnStream):
         direction = stream_basis(factors).first(1).matrix[:, 0]
 
         def push(stream: Tensor) -> Tensor:
+            nonlocal direction
+            direction = direction.to(stream)  # moves once
             norms = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
-            return stream + strength * norms * direction.to(stream)
+            return stream + strength * norms * direction
 
         super().__init__(model, push, chosen)
 

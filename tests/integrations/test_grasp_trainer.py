@@ -9,27 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from made_factors import stream_factors
-from tiny_models import Tiny, bert
-from torch import Tensor, nn
+from tiny_models import Rows, Tiny, bert
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import fastproj
 
 WIDTH, STEPS, LEARNING_RATE, CLIP, DECAY = 32, 5, 1e-2, 0.05, 0.1
-
-
-class Rows(torch.utils.data.Dataset):
-    """A tiny batch as a dataset, over and over."""
-
-    def __init__(self, tiny: Tiny) -> None:
-        self.tiny = tiny
-
-    def __len__(self) -> int:
-        return len(self.tiny.labels) * STEPS
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = index % len(self.tiny.labels)
-        return {**{k: v[row] for k, v in self.tiny.inputs.items()}, "labels": self.tiny.labels[row]}
 
 
 def by_trainer(tiny: Tiny, grasp: fastproj.GRASP, folder: Path, accumulation: int, **options: Any) -> Trainer:
@@ -40,7 +26,7 @@ def by_trainer(tiny: Tiny, grasp: fastproj.GRASP, folder: Path, accumulation: in
         report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         train_sampling_strategy="sequential", **options,
     )  # fmt: skip
-    trainer = Trainer(tiny.model, arguments, train_dataset=Rows(tiny), callbacks=[grasp.callback()])
+    trainer = Trainer(tiny.model, arguments, train_dataset=Rows(tiny, STEPS), callbacks=[grasp.callback()])
     trainer.train()
     return trainer
 

@@ -8,27 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, bert, gpt2
+from tiny_models import Rows, Tiny, bert, gpt2
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import fastproj
 
 STEPS, LEARNING_RATE, CLIP = 3, 0.1, 0.05
-
-
-class Rows(torch.utils.data.Dataset):
-    """A tiny batch as a dataset, over and over."""
-
-    def __init__(self, tiny: Tiny) -> None:
-        self.tiny = tiny
-
-    def __len__(self) -> int:
-        return len(self.tiny.labels) * STEPS
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = index % len(self.tiny.labels)
-        return {**{k: v[row] for k, v in self.tiny.inputs.items()}, "labels": self.tiny.labels[row]}
 
 
 def trained(tiny: Tiny, engine: Any, folder: Path, accumulation: int, **options: Any) -> Trainer:
@@ -39,7 +25,11 @@ def trained(tiny: Tiny, engine: Any, folder: Path, accumulation: int, **options:
         disable_tqdm=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = Trainer(
-        tiny.model, arguments, train_dataset=Rows(tiny), compute_loss_func=engine.compute_loss, **options
+        tiny.model,
+        arguments,
+        train_dataset=Rows(tiny, STEPS),
+        compute_loss_func=engine.compute_loss,
+        **options,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
