@@ -16,14 +16,23 @@ from fastproj.reference.basis import Basis
 Change = Callable[[Tensor], Tensor]
 
 
-def stream_basis(factors: LatentFactors) -> Basis:
-    """The directions in the residual stream. ValueError for factors of modules, or of what these read."""
+def stream_basis(factors: LatentFactors, model: nn.Module) -> Basis:
+    """The directions in the model's residual stream.
+
+    Raises ValueError for factors of modules, or of what these read, and for a stream of another width.
+    """
     if factors.pool != "stream" or factors.side != "write":
         raise ValueError(
             "expected factors of the residual stream, identify(..., pool='stream', side='write'), got "
             f"pool={factors.pool!r}, side={factors.side!r}"
         )
-    return factors.bases["stream"]
+    basis = factors.bases["stream"]
+    width = getattr(getattr(model, "config", None), "hidden_size", basis.dimension)
+    if width != basis.dimension:
+        raise ValueError(
+            f"expected directions of the residual stream's width, {width}, got length {basis.dimension}"
+        )
+    return basis
 
 
 def on_blocks(

@@ -54,7 +54,7 @@ class Ablation(_OnStream):
     def __init__(
         self, model: nn.Module, factors: LatentFactors, chosen: Collection[int] | None = None
     ) -> None:
-        super().__init__(model, Projection(stream_basis(factors)), chosen)
+        super().__init__(model, Projection(stream_basis(factors, model)), chosen)
 
 
 class Steering(_OnStream):
@@ -72,7 +72,7 @@ class Steering(_OnStream):
         strength: float,
         chosen: Collection[int] | None = None,
     ) -> None:
-        direction = stream_basis(factors).first(1).matrix[:, 0]
+        direction = stream_basis(factors, model).first(1).matrix[:, 0]
 
         def push(stream: Tensor) -> Tensor:
             nonlocal direction

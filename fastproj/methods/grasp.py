@@ -68,14 +68,11 @@ class GRASP:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         self.mode = mode
-        self._hooks: list[Any] = []
-        self._held: list[Constraint] = []
+        basis = stream_basis(factors, model) if mode == "stream" else None
         side = "read" if mode == "read" else "write"
         self._side = SIDE_OF[side]
-        if mode == "stream":
-            basis = stream_basis(factors)
-            self._hooks = on_blocks(model, BackwardProjection(basis))
-        self._held = constraints(model, factors, side, may_be_none=mode == "stream")
+        self._held: list[Constraint] = constraints(model, factors, side, may_be_none=mode == "stream")
+        self._hooks: list[Any] = [] if basis is None else on_blocks(model, BackwardProjection(basis))
         self._bases: list[Basis] = []
         self._place: tuple[torch.device, torch.dtype] | None = None
         self.project_parameters_()

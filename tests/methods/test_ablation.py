@@ -113,5 +113,6 @@ def test_bad_input() -> None:
         Steering(tiny.model, module_factors(tiny.model), 0.1)
     with pytest.raises(ValueError, match="blocks from 0 to 1"):
         Ablation(tiny.model, stream_factors(WIDTH), chosen=[2])
-    with pytest.raises(ValueError, match="length 7"):
-        Ablation(tiny.model, stream_factors(7)), tiny.logits()
+    for build in (Ablation, lambda model, found: Steering(model, found, 0.1)):
+        with pytest.raises(ValueError, match="width, 32, got length 7"):
+            build(tiny.model, stream_factors(7))

@@ -339,6 +339,12 @@ def test_bad_input() -> None:
         fastproj.GRASP(tiny.model, stream_factors(WIDTH, side="read"), "stream")
     with pytest.raises(ValueError, match="constrain none of the model's 14 adapted"):
         fastproj.GRASP(tiny.model, stream_factors(7), "write")
+    with pytest.raises(ValueError, match="width, 32, got length 7"):
+        fastproj.GRASP(tiny.model, stream_factors(7), "stream")
+    with pytest.raises(ValueError, match="LoRA layers"):
+        fastproj.GRASP(plain := tiny.model.unload(), stream_factors(WIDTH), "stream")
+    assert not any(module._forward_hooks for module in plain.modules())
+    tiny = llama()
     elsewhere = factors({"no.such.module": stream_factors(WIDTH).bases["stream"]}, "write", "module")
     with pytest.raises(ValueError, match=r"no\.such\.module"):
         fastproj.GRASP(tiny.model, elsewhere, "write")
