@@ -329,6 +329,22 @@ def test_stream_without_adapted_writers_holds_nothing() -> None:
         stepper.step()
 
 
+def test_a_module_of_unknown_role_is_no_part_of_the_stream() -> None:
+    """Of the stream's width, but nothing says that it writes there."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixer(x)
+
+    model = get_peft_model(Odd(), LoraConfig(r=2, target_modules=["mixer"]))
+    with pytest.raises(ValueError, match="constrain none of the model's 1 adapted"):
+        fastproj.GRASP(model, stream_factors(WIDTH), "write")
+
+
 def test_bad_input() -> None:
     tiny = llama()
     with pytest.raises(ValueError, match="mode must be one of"):
