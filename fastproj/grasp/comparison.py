@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastproj.bias_diff import commands as shared
 from fastproj.bias_diff.records import Records, read_records
 from fastproj.bias_diff.training import FineTuneConfig, add_adapter
@@ -94,9 +96,13 @@ class Comparison:
     targets: tuple[str, ...] | None
     strength: float
     output: Path
-    directions: int = 0
     _plain_seconds: float | None = None
     _factors: dict[Side, LatentFactors] = field(default_factory=dict)
+
+    @property
+    def directions(self) -> dict[Side, int]:
+        """How many directions of each side the methods were given."""
+        return {side: factors.rank for side, factors in self._factors.items()}
 
     def run(self, methods: Sequence[str], naive: Path | None) -> list[Row]:
         """The plain fine-tune (or the adapter in ``naive``) and every method, in this order.
@@ -121,8 +127,6 @@ class Comparison:
             factors = LatentFactors.load(self.search.factors)
         else:
             factors = identify(naive, side=side, rank=self.search.directions, pool=self.search.pool)
-        most = min(basis.rank for basis in factors.bases.values())
-        self.directions = most
         validation = self.data.validation
         if self.search.tolerance is None or validation is None:
             return factors
@@ -133,16 +137,14 @@ class Comparison:
                 remove(loaded.model, factors.first(count))
             return self._measure(loaded, validation, None).goodness
 
-        self.directions, _ = choose_rank(goodness, most, self.search.tolerance)
-        if not self.directions:
+        chosen, _ = choose_rank(goodness, factors.rank, self.search.tolerance)
+        if not chosen:
             raise ValueError(
                 f"--tolerance {self.search.tolerance}: even one direction costs the plain adapter more"
             )
-        return factors.first(self.directions)
+        return factors.first(chosen)
 
     def _train(self, method: str) -> Row:
-        import torch
-
         torch.manual_seed(self.config.seed)  # a classifier's head may be new
         loaded = shared.load_model(
             self.model, None, self.loss, device=self.device, dtype=self.dtype, trainable=True, new_head=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -91,7 +92,7 @@ class GRASP:
 
         Raises ValueError for an optimiser that has none of the constrained parameters.
         """
-        own = {id(constraint.parameter) for constraint in self._held}
+        own = set(map(id, self._parameters))
         for number, optimizer in enumerate(optimizers):
             if own and not own & _parameters_of(optimizer):
                 raise ValueError(f"optimizer {number} steps none of the {len(own)} constrained parameters")
@@ -106,12 +107,16 @@ class GRASP:
         self.project_parameters_()
 
     def project_gradients_(self) -> None:
-        """Take the directions out of ``.grad``, so that moments and clipping do not see them either."""
-        self._project([constraint.parameter.grad for constraint in self._held])
+        """Take the directions out of ``.grad``, so that an optimiser's moments do not see them.
+
+        :meth:`hold` does it when the step begins, so after clipping; call it before that, too, where the norm
+        should be without them.
+        """
+        self._project([parameter.grad for parameter in self._parameters])
 
     def project_parameters_(self) -> None:
         """Put the parameters back on the constraint."""
-        self._project([constraint.parameter for constraint in self._held])
+        self._project(self._parameters)
 
     def violation(self) -> float:
         """The largest ``‖ΔW V‖ / ‖ΔW‖`` (or ``‖Uᵀ ΔW‖ / ‖ΔW‖``) of the constrained modules, in fp64.
@@ -142,18 +147,20 @@ class GRASP:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = _parameters_of(optimizer)
-        parameters = [constraint.parameter for constraint in self._held]
-        self._project([p.grad if id(p) in own else None for p in parameters])
+        self._project([p.grad if id(p) in own else None for p in self._parameters])
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = _parameters_of(optimizer)
-        parameters = [constraint.parameter for constraint in self._held]
-        self._project([p if id(p) in own else None for p in parameters])
+        self._project([p if id(p) in own else None for p in self._parameters])
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [constraint.parameter for constraint in self._held]
 
     @torch.no_grad()
-    def _project(self, shards: list[Tensor | None]) -> None:
+    def _project(self, shards: Sequence[Tensor | None]) -> None:
         """Project what is there; the bases follow the parameters to another device or dtype."""
-        parameters = [constraint.parameter for constraint in self._held]
+        parameters = self._parameters
         if parameters and (parameters[0].device, parameters[0].dtype) != self._place:
             self._place = parameters[0].device, parameters[0].dtype
             self._bases = bases_like(self._held, parameters)

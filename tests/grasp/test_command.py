@@ -96,7 +96,7 @@ def test_every_method_beside_the_plain_fine_tune(files: Files, tmp_path: Path) -
     found = report(*files.arguments(output, *every_method(), "--directions", 2))
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == ["plain", "read", "write", "stream", "ablate", "remove", "steer +0.1", "steer -0.1"]
-    assert found["directions"] == 2
+    assert found["directions"] == {"read": 2, "write": 2}
     assert json.loads((output / "report.json").read_text()) == found
     for mode in ("read", "write", "stream"):
         # fp32's rounding, over ΔW's own norm.
@@ -157,7 +157,7 @@ def test_a_naive_adapter_and_directions_that_are_there_already(files: Files, tmp
 def test_the_number_of_directions_may_be_chosen(files: Files, tmp_path: Path) -> None:
     chosen = ("--directions", 3, "--validation", files.data)
     all_of_them = report(*files.arguments(tmp_path / "all", *chosen, "--tolerance", 1e9))
-    assert all_of_them["directions"] == 3
+    assert all_of_them["directions"] == {"write": 3}
     if files.task == "causal-lm":
         told = refusal(*files.arguments(tmp_path / "none", *chosen, "--tolerance", 0))
         assert "even one direction costs" in told
