@@ -27,8 +27,8 @@ def read_adapter(folder: Path, adapter: str | None) -> Iterator[tuple[str, Tenso
 
     Raises FileNotFoundError and ValueError as :func:`fastproj.latent.lora.lora_layers`.
     """
-    chosen = _choose(folder, adapter)
-    config = _read_config(chosen / CONFIG)
+    chosen = adapter_folder(folder, adapter)
+    config = read_config(chosen)
     tensors = _read_weights(chosen)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -51,8 +51,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _choose(folder: Path, adapter: str | None) -> Path:
-    """The folder of the adapter asked for, else of the only one."""
+def adapter_folder(folder: Path, adapter: str | None) -> Path:
+    """The folder of the adapter asked for, else of the only one. Raises as :func:`read_adapter`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"expected the folder of an adapter at {folder}, there is none")
     found = {"default": folder} if (folder / CONFIG).is_file() else {}
@@ -71,7 +71,9 @@ def _choose(folder: Path, adapter: str | None) -> Path:
     return next(iter(found.values()))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in an adapter's own folder. ValueError where it is none of plain LoRA."""
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,15 @@ from torch import Tensor
 from fastproj.latent.activations import activation_difference
 from fastproj.latent.factors import LatentFactors
 
-__all__ = ["Match", "activation_difference", "choose_rank", "match", "rank_directions", "recurrence"]
+__all__ = [
+    "Match",
+    "activation_difference",
+    "choose_rank",
+    "match",
+    "rank_directions",
+    "recurrence",
+    "suspicion",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,17 @@ def rank_directions(
     recurrence: Mapping[str, Tensor] | None = None,
     difference: Mapping[str, Tensor] | None = None,
 ) -> LatentFactors:
-    """The same directions, most suspect first: by ``recurrence · |difference|``, one of which may be absent.
+    """The same directions in the order of :func:`suspicion`. Arguments and errors are its own."""
+    return factors.reordered(suspicion(factors, recurrence=recurrence, difference=difference))
+
+
+def suspicion(
+    factors: LatentFactors,
+    *,
+    recurrence: Mapping[str, Tensor] | None = None,
+    difference: Mapping[str, Tensor] | None = None,
+) -> dict[str, list[int]]:
+    """Columns of each basis, most suspect first, by ``recurrence · |difference|``; one may be absent.
 
     What is worth removing recurs and also tells the sentences apart, hence the product; ties keep their
     order. The score is ours.
@@ -95,7 +113,7 @@ def rank_directions(
             score = score * _scores_of(name, table, key, factors.rank).abs()
         score = torch.where(score.isnan(), 0.0, score)  # none of an infinite difference is nothing
         columns[key] = score.argsort(descending=True, stable=True).tolist()
-    return factors.reordered(columns)
+    return columns
 
 
 def _scores_of(name: str, table: Mapping[str, Tensor], key: str, rank: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastproj.bias_diff import commands as shared
+from fastproj.latent.adapter_file import adapter_folder, read_config
 from fastproj.latent.describe import describe
-from fastproj.latent.evidence import activation_difference, rank_directions
+from fastproj.latent.evidence import activation_difference, suspicion
 from fastproj.latent.findings import Findings
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     Table = Mapping[str, Tensor] | None
 
-_CONFIG = "adapter_config.json"
 _TASKS = {"CAUSAL_LM": shared.Loss.CAUSAL_LM, "SEQ_CLS": shared.Loss.CLASSIFICATION}
 # By the end of the class that PEFT wrapped, where its configuration names no task.
 _CLASSES = {
@@ -116,7 +115,7 @@ def find_model(
 
     Raises ValueError where there is none and sentences need it.
     """
-    config = _config(folder, adapter)
+    config = read_config(adapter_folder(folder, adapter))
     base = config.get("base_model_name_or_path")
     found = name or (base if isinstance(base, str) and base and Path(base).is_dir() else None)
     if found is None and needed:
@@ -125,16 +124,6 @@ def find_model(
         return None
     asked = needed or any(option is not None for option in (name, loss, device))
     return Source(found, loss or _loss(config), device, dtype, asked)
-
-
-def _config(folder: Path, adapter: str | None) -> dict[str, Any]:
-    """The adapter's configuration, which :func:`fastproj.identify` has read and found good."""
-    own = folder if adapter in (None, "default") else folder / str(adapter)
-    path = own / _CONFIG
-    if not path.is_file():
-        path = next(iter(sorted(folder.glob(f"*/{_CONFIG}"))))
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
 
 
 def _loss(config: dict[str, Any]) -> shared.Loss | None:
@@ -185,16 +174,12 @@ def in_words(
 def _ranked(
     factors: LatentFactors, recurrence: Table, difference: Table
 ) -> tuple[LatentFactors, Table, Table]:
-    """All of it in the order of :func:`rank_directions`, or as it is where there is nothing to rank by."""
+    """All of it in the order of :func:`suspicion`, or as it is where there is nothing to rank by."""
     if recurrence is None and difference is None:
         return factors, None, None
-    ranked = rank_directions(factors, recurrence=recurrence, difference=difference)
-    columns = {
-        key: (ranked.bases[key].matrix.mT @ basis.matrix).abs().argmax(1)
-        for key, basis in factors.bases.items()
-    }
+    columns = suspicion(factors, recurrence=recurrence, difference=difference)
 
     def reordered(table: Table) -> Table:
         return None if table is None else {key: values[columns[key]] for key, values in table.items()}
 
-    return ranked, reordered(recurrence), reordered(difference)
+    return factors.reordered(columns), reordered(recurrence), reordered(difference)
