@@ -40,7 +40,8 @@ def random(*size: int, seed: int) -> Tensor:
 def require_close(what: str, got: Tensor, want: Tensor) -> None:
     """Far from what rounding does, and near enough to show an element that was never written."""
     precision = torch.finfo(got.dtype if got.dtype != torch.float64 else torch.float32).eps
-    # Sums of up to ten thousand products of order one; one side of a contraction and the result are rounded.
+    # Sums of up to ten thousand products of order one, which some processors' BLAS adds up in a few lanes;
+    # one side of a contraction and the result are rounded.
     allowed = 16 * precision * max(1.0, want.abs().max().item() if want.numel() else 0.0)
     if not bool(((got.double().cpu() - want).abs() <= allowed).all()):
         sys.exit(f"{what}: wrong by {(got.double().cpu() - want).abs().max().item()}")
