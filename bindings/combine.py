@@ -44,7 +44,7 @@ def combine(
     Differentiable in every shard and in the coefficients. Meaning: ``fastproj.reference.combine``.
     """
     checked = gradient_sets(sets, segments)
-    _check_coefficients(coefficients, checked)
+    check_coefficients(coefficients, checked)
     if out is None:
         tensors = _allocate_and_combine(checked, coefficients) if checked.shards else []
         return checked.restore(tensors)
@@ -65,7 +65,7 @@ def _allocate_and_combine(checked: GradientSets, coefficients: Tensor) -> list[T
     return result
 
 
-def _check_coefficients(coefficients: Tensor, checked: GradientSets) -> None:
+def check_coefficients(coefficients: Tensor, checked: GradientSets) -> None:
     if not isinstance(coefficients, Tensor) or not coefficients.dtype.is_floating_point:
         came = coefficients.dtype if isinstance(coefficients, Tensor) else type(coefficients).__name__
         raise TypeError(f"coefficients must be a floating-point tensor, got {came}")

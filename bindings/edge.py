@@ -175,11 +175,13 @@ def row_owners(shards: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(shards)), counts).to(device)
 
 
-def _coefficients(
-    gram: Tensor, erm: Sequence[Tensor], alpha: float, variant: str, on_nonfinite: str
-) -> Tensor:
+def closed_form(gram: Tensor, erm: Sequence[Tensor], alpha: float, variant: str, on_nonfinite: str) -> Tensor:
     """The closed form on the Gram of (e, g), knowing which tensor each row lies in where that matters."""
     owners = row_owners(erm, gram.device) if variant == "released" else None
+    if owners is not None and len(owners) != len(gram):
+        raise ValueError(
+            f"variant='released' takes rows for segments: expected {len(owners)}, got {len(gram)} segments"
+        )
     return edge_coefficients(
         gram,
         alpha=alpha,
@@ -194,7 +196,7 @@ def _differentiable(checked: GradientSets, alpha: float, variant: str, on_nonfin
     """Gram, closed-form coefficients and combination as three steps that autograd follows."""
     e, _ = split_sets(checked.shards, 2)
     gram = torch.ops.fastproj.gram(checked.shards, 2, checked.first, checked.rows, checked.count)
-    coefficients = _coefficients(gram, e, alpha, variant, on_nonfinite)
+    coefficients = closed_form(gram, e, alpha, variant, on_nonfinite)
     combined = torch.ops.fastproj.combine(checked.shards, coefficients, checked.first, checked.rows)
     return [value.to(shard.dtype) for value, shard in zip(combined, e, strict=True)]
 
@@ -213,7 +215,7 @@ def from_parts(
     """Where no fused kernel is: the device's gram, the closed form, the device's combine."""
     device = erm[0].device.type
     gram = implementation("gram", device)([*erm, *gce], 2, first, rows, count)
-    coefficients = _coefficients(gram, erm, alpha, variant, "skip" if skip_nonfinite else "propagate")
+    coefficients = closed_form(gram, erm, alpha, variant, "skip" if skip_nonfinite else "propagate")
     implementation("combine", device)([*erm, *gce], coefficients, first, rows, out)
     return gram, coefficients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -157,13 +158,21 @@ def from_reference(
         target.copy_(value)
 
 
+def _run(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool, out: list[Tensor]) -> None:
+    """The device's implementation, outside of autocast, which would round the products that it is made of."""
+    kind = shards[0].device.type
+    outside = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with outside:
+        implementation("project_out", kind)(shards, bases, owner, left, out)
+
+
 def _dispatch_in_place(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool) -> None:
-    implementation("project_out", shards[0].device.type)(shards, bases, owner, left, shards)
+    _run(shards, bases, owner, left, shards)
 
 
 def _dispatch(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool) -> list[Tensor]:
     out = _fake(shards, bases, owner, left)
-    implementation("project_out", shards[0].device.type)(shards, bases, owner, left, out)
+    _run(shards, bases, owner, left, out)
     return out
 
 

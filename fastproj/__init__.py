@@ -21,8 +21,16 @@ if TYPE_CHECKING:
         per_sample_sqnorm,
     )
     from fastproj.bindings.project_out import project_out, project_out_, project_out_stream
+    from fastproj.bindings.projected_adamw import projected_adamw_
     from fastproj.bindings.sketch import sketch
     from fastproj.bindings.weighted_grad import weighted_grad
+    from fastproj.erasure.difference_of_means import DifferenceOfMeans
+    from fastproj.erasure.eraser import Eraser
+    from fastproj.erasure.inlp import INLP, nullspace_projection
+    from fastproj.erasure.leace import LEACE
+    from fastproj.erasure.principal_directions import PrincipalDirections
+    from fastproj.erasure.safe_lora import SafeLoRA
+    from fastproj.erasure.stream import StreamErasure
     from fastproj.influence.scorer import InfluenceScorer
     from fastproj.influence.select import select
     from fastproj.latent.describe import describe
@@ -30,20 +38,32 @@ if TYPE_CHECKING:
     from fastproj.latent.identify import identify
     from fastproj.methods.edge import EDGE
     from fastproj.methods.grasp import GRASP
+    from fastproj.optim.projected import ProjectedOptimizer
+    from fastproj.optim.projected_adamw import ProjectedAdamW
     from fastproj.reference.adam import AdamState
     from fastproj.reference.basis import Basis, orthonormalize
+    from fastproj.surgery.project import project
 
 __version__ = "0.1.0"
 
 _HOME = {
     "EDGE": "fastproj.methods.edge",
     "GRASP": "fastproj.methods.grasp",
+    "INLP": "fastproj.erasure.inlp",
+    "LEACE": "fastproj.erasure.leace",
     "AdamState": "fastproj.reference.adam",
     "Basis": "fastproj.reference.basis",
+    "DifferenceOfMeans": "fastproj.erasure.difference_of_means",
     "EdgeStats": "fastproj.bindings.edge",
+    "Eraser": "fastproj.erasure.eraser",
     "InfluenceScorer": "fastproj.influence.scorer",
     "LatentFactors": "fastproj.latent.factors",
+    "PrincipalDirections": "fastproj.erasure.principal_directions",
+    "ProjectedAdamW": "fastproj.optim.projected_adamw",
+    "ProjectedOptimizer": "fastproj.optim.projected",
+    "SafeLoRA": "fastproj.erasure.safe_lora",
     "SampleLosses": "fastproj.bindings.cross_entropy",
+    "StreamErasure": "fastproj.erasure.stream",
     "combine": "fastproj.bindings.combine",
     "cross_entropy": "fastproj.bindings.cross_entropy",
     "describe": "fastproj.latent.describe",
@@ -51,14 +71,17 @@ _HOME = {
     "edge_": "fastproj.bindings.edge",
     "gram": "fastproj.bindings.gram",
     "identify": "fastproj.latent.identify",
+    "nullspace_projection": "fastproj.erasure.inlp",
     "orthonormalize": "fastproj.reference.basis",
     "per_sample_dot": "fastproj.bindings.per_sample_influence",
     "per_sample_grad": "fastproj.bindings.per_sample_grad",
     "per_sample_influence": "fastproj.bindings.per_sample_influence",
     "per_sample_sqnorm": "fastproj.bindings.per_sample_influence",
+    "project": "fastproj.surgery.project",
     "project_out": "fastproj.bindings.project_out",
     "project_out_": "fastproj.bindings.project_out",
     "project_out_stream": "fastproj.bindings.project_out",
+    "projected_adamw_": "fastproj.bindings.projected_adamw",
     "select": "fastproj.influence.select",
     "sketch": "fastproj.bindings.sketch",
     "weighted_grad": "fastproj.bindings.weighted_grad",
@@ -67,12 +90,21 @@ _HOME = {
 __all__ = [
     "EDGE",
     "GRASP",
+    "INLP",
+    "LEACE",
     "AdamState",
     "Basis",
+    "DifferenceOfMeans",
     "EdgeStats",
+    "Eraser",
     "InfluenceScorer",
     "LatentFactors",
+    "PrincipalDirections",
+    "ProjectedAdamW",
+    "ProjectedOptimizer",
+    "SafeLoRA",
     "SampleLosses",
+    "StreamErasure",
     "combine",
     "cross_entropy",
     "describe",
@@ -80,14 +112,17 @@ __all__ = [
     "edge_",
     "gram",
     "identify",
+    "nullspace_projection",
     "orthonormalize",
     "per_sample_dot",
     "per_sample_grad",
     "per_sample_influence",
     "per_sample_sqnorm",
+    "project",
     "project_out",
     "project_out_",
     "project_out_stream",
+    "projected_adamw_",
     "select",
     "sketch",
     "weighted_grad",

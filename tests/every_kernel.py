@@ -20,6 +20,7 @@ from fastproj.reference.gram import gram
 from fastproj.reference.per_sample_grad import per_sample_grad
 from fastproj.reference.per_sample_influence import per_sample_influence
 from fastproj.reference.project_out import project_out
+from fastproj.reference.projected_adamw import projected_adamw
 from fastproj.reference.segments import segmentation
 from fastproj.reference.weighted_grad import weighted_grad
 
@@ -63,6 +64,22 @@ def span_projections(dtype: torch.dtype, segments: str, device: str) -> None:
     for name, (got, want) in results.items():
         for value, expected in zip(got, want, strict=True):
             require_close(f"{name}, {dtype}, {segments}", value, expected)
+
+
+def projected_steps(dtype: torch.dtype, segments: str, device: str) -> None:
+    lists = [[random(*shape, seed=seed).to(dtype) for shape in SHAPES] for seed in range(5)]
+    *sets, params, exp_avgs, squares = lists
+    exp_avg_sqs = [1 + square.abs() for square in squares]
+    plan = segmentation(params, segments)
+    coefficients, counts = random(plan.count, 2, seed=2), [3.0] * len(SHAPES)
+    want = projected_adamw(sets, coefficients, plan, params, exp_avgs, exp_avg_sqs, counts, lr=0.1)
+    here = [[shard.to(device, copy=True) for shard in own] for own in (params, exp_avgs, exp_avg_sqs)]
+    steps = [torch.tensor(count, device=device) for count in counts]
+    given = [[shard.to(device) for shard in shards] for shards in sets]
+    fastproj.projected_adamw_(given, coefficients.to(device), *here, steps, lr=0.1, segments=segments)
+    for own, wanted in zip(here, want, strict=True):
+        for value, expected in zip(own, wanted, strict=True):
+            require_close(f"projected_adamw, {dtype}, {segments}", value, expected)
 
 
 def subspace_projections(dtype: torch.dtype, left: bool, device: str) -> None:
@@ -119,6 +136,7 @@ def main(device: str) -> None:
     for dtype in DTYPES:
         for segments in SEGMENTS:
             span_projections(dtype, segments, device)
+            projected_steps(dtype, segments, device)
         for left in (False, True):
             subspace_projections(dtype, left, device)
         for layer in LAYERS:

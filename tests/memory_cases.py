@@ -19,6 +19,8 @@ from fastproj.kernels.gram import MOST_SETS, gram
 from fastproj.kernels.per_sample_grad import per_sample_grad
 from fastproj.kernels.per_sample_influence import per_sample_influence
 from fastproj.kernels.project_out import project_out
+from fastproj.kernels.projected_adamw import MOST_SETS as MOST_STEP_SETS
+from fastproj.kernels.projected_adamw import projected_adamw
 from fastproj.kernels.sketch import sketch
 from fastproj.kernels.weighted_grad import weighted_grad
 from fastproj.reference.basis import orthonormalize
@@ -172,6 +174,44 @@ def span_cases() -> Iterator[Case]:
         if number % 3 == 1 and (variant, segments) != ("released", "tensor"):
             plan, sets = _plan(FEW, segments), partial(_sets, 2, FEW, (torch.float32,))
             yield Case(f"edge in place {variant} {segments}", sets, partial(_edge, variant, plan), layout)
+
+
+def step_cases() -> Iterator[Case]:
+    """AdamW's step along a combination, in place, of few and of more sets than a launch takes."""
+    for (i, segments), (j, layout) in product(enumerate(SEGMENTS), enumerate(LAYOUTS)):
+        if j not in {i, (i + 1) % len(LAYOUTS)}:
+            continue
+        dtypes = (DTYPES[(i + j) % len(DTYPES)],) if i == j else MIXED
+        plan, kind = _plan(SHAPES, segments), "ids" if isinstance(segments, tuple) else segments
+        name = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        lists, run = partial(_state, 2, SHAPES, dtypes), partial(_step, 2, plan)
+        yield Case(f"projected_adamw {kind} {name}", lists, run, layout)
+    for num_sets, segments in product((1, MOST_STEP_SETS + 1), ("global", "row")):
+        plan, lists = _plan(SMALL, segments), partial(_state, num_sets, SMALL, MIXED)
+        run = partial(_step, num_sets, plan)
+        yield Case(f"projected_adamw of {num_sets} sets {segments}", lists, run, UNALIGNED)
+
+
+def _state(num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The sets, then p, m and v."""
+    lists = _sets(num_sets + 3, shapes, dtypes)
+    n = len(shapes)
+    return [*lists[:-n], *(square.abs() for square in lists[-n:])]
+
+
+def _step(num_sets: int, plan: Segmentation, tensors: list[Tensor]) -> list[Tensor]:
+    n = len(plan.first)
+    flat, state = (
+        tensors[: num_sets * n],
+        [tensors[k * n : (k + 1) * n] for k in range(num_sets, num_sets + 3)],
+    )
+    coefficients = torch.linspace(-1, 2, plan.count * num_sets, dtype=torch.float64)
+    steps, lr = [torch.tensor(float(i + 1)) for i in range(n)], torch.tensor(0.1, dtype=torch.float64)
+    projected_adamw(
+        flat, coefficients.reshape(plan.count, num_sets), plan.first, plan.rows, *state, steps,
+        lr, 0.9, 0.999, 1e-8, 0.1, None,
+    )  # fmt: skip
+    return [tensor for own in state for tensor in own]
 
 
 def _layer(dims: tuple[int, int, int, int], dtype: torch.dtype, num_sums: int) -> list[Tensor]:
@@ -331,4 +371,5 @@ CASES = (
     *sketch_cases(),
     *structured_sketch_cases(),
     *cross_entropy_cases(),
+    *step_cases(),
 )

@@ -53,6 +53,23 @@ def test_a_result_that_nobody_uses_has_a_gradient_of_zero() -> None:
     assert unused is None or not unused.any()
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_autocast_changes_nothing(side: str) -> None:
+    """Neither the result, of shards large and small, nor what is projected in place, nor the gradient."""
+    problem = random_problem((*SIZES, (150, 80)), (*RANKS, 3), side == "left", (torch.float32,))
+    shards = [shard.requires_grad_() for shard in problem.shards]
+    copies = [shard.detach().clone() for shard in shards]
+    want = fastproj.project_out(shards, problem.spans, side=side)
+    wanted = torch.autograd.grad(want, shards, copies)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fastproj.project_out(shards, problem.spans, side=side)
+        gradients = torch.autograd.grad(got, shards, copies)
+        fastproj.project_out_(copies, problem.spans, side=side)
+    for values in (got, gradients, copies):
+        for value, right in zip(values, want if values is not gradients else wanted, strict=True):
+            assert torch.equal(value, right)
+
+
 @on_gpu
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("grad", [False, True])

@@ -37,6 +37,7 @@ from fastproj.reference.weighted_grad import weighted_grad as reference_weighted
 SUITES = (
     *("gram", "combine", "edge", "project_out", "weighted_grad", "per_sample_grad"),
     *("per_sample_influence", "sketch", "cross_entropy"),
+    "projected_adamw",
 )
 SUMS = 2
 # A projection in place adds at most α |g| to e, and short calls are repeated up to about 1e5 times: e stays
@@ -103,6 +104,10 @@ def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> 
                 yield cross_entropy_case(workload, device)
             elif suite == "sketch":
                 yield sketch_case(workload, device)
+            elif suite == "projected_adamw":
+                from fastproj.bench.harness.step_suite import step_case
+
+                yield step_case(workload, device)
             else:
                 case = influence_case if suite == "per_sample_influence" else contraction_case
                 yield from (

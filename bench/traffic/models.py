@@ -8,6 +8,7 @@ from fastproj.bench.traffic.contraction import per_sample_grad, weighted_grad
 from fastproj.bench.traffic.cross_entropy import cross_entropy
 from fastproj.bench.traffic.influence import per_sample_influence
 from fastproj.bench.traffic.moves import Floor, Traffic, roofline
+from fastproj.bench.traffic.projected_adamw import projected_adamw
 from fastproj.bench.traffic.sketch import sketch
 from fastproj.bench.traffic.span import combine, edge, gram, gram_and_combine
 from fastproj.bench.traffic.subspace import project_out
@@ -24,6 +25,7 @@ OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
     "per_sample_influence": per_sample_influence,
     "sketch": sketch,
     "cross_entropy": cross_entropy,
+    "projected_adamw": projected_adamw,
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "per_sample_grad",
     "per_sample_influence",
     "project_out",
+    "projected_adamw",
     "roofline",
     "sketch",
     "weighted_grad",

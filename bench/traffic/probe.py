@@ -21,12 +21,14 @@ from fastproj.bench.traffic.contraction import per_sample_moves, weighted_moves
 from fastproj.bench.traffic.cross_entropy import cross_entropy_moves
 from fastproj.bench.traffic.influence import influence_moves
 from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves
+from fastproj.bench.traffic.projected_adamw import projected_adamw_moves
 from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
 from fastproj.bench.traffic.sketch import WIDTH, dense_moves, hadamard_moves, kronecker_moves, sparse_moves
 from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
 from fastproj.bench.traffic.subspace import project_out_moves
 from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, project_out, weighted_grad
 from fastproj.kernels.per_sample_influence import per_sample_influence
+from fastproj.kernels.projected_adamw import projected_adamw
 from fastproj.kernels.sketch import sketch
 from fastproj.reference.segments import Segments, segmentation
 
@@ -128,6 +130,8 @@ def probes() -> Iterator[Probe]:
     for dtype in ("bf16", "fp16", "fp64"):
         yield from span_probes(SHAPES[:4], (dtype,), "tensor")
     yield from span_probes(SHAPES[:4], ("fp32", "bf16", "fp32"), "row")
+    for segments, dtypes in (("global", ("fp32",)), ("row", ("fp32", "bf16")), ("tensor", ("fp64",))):
+        yield from step_probes(SHAPES, dtypes, segments)
     for dtype in DTYPES:
         yield from subspace_probes(SUBSPACES, dtype)
     for dtype in DTYPES:
@@ -174,6 +178,24 @@ def span_probes(
         for variant in ("paper", "released") if plan.rows else ("paper",):
             call = partial(edge.edge, erm, gce, out, *where, alpha=0.5, variant=variant, skip_nonfinite=False)
             yield Probe("edge", f"{name}, {variant}", call, edge_moves(lists, out, plan, variant), 5)
+
+
+def step_probes(
+    shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], segments: Segments, sets: int = 2
+) -> Iterator[Probe]:
+    """AdamW's step along a combination; shard i of every list has dtype ``dtypes[i % len]``."""
+    lists = [
+        [torch.ones(shape, dtype=DTYPES[dtypes[i % len(dtypes)]]) for i, shape in enumerate(shapes)]
+        for _ in range(sets + 3)
+    ]
+    flat, (p, m, v) = [shard for shards in lists[:sets] for shard in shards], lists[sets:]
+    plan = segmentation(lists[0], segments)
+    weights = torch.ones(plan.count, sets, dtype=torch.float64)
+    steps, lr = [torch.ones(()) for _ in shapes], torch.tensor(1e-3, dtype=torch.float64)
+    lists_and_counts = (flat, weights, plan.first, plan.rows, p, m, v, steps)
+    call = partial(projected_adamw, *lists_and_counts, lr, 0.9, 0.999, 1e-8, 0.01, None)
+    name = f"{' and '.join(dict.fromkeys(dtypes))}, {sets} sets, segments {segments}"
+    yield Probe("projected_adamw", name, call, projected_adamw_moves(lists[:sets], [p, m, v], plan))
 
 
 def subspace_probes(sizes: Sequence[tuple[int, int, int]], dtype: str) -> Iterator[Probe]:

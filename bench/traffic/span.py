@@ -30,7 +30,7 @@ Sets = Sequence[Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """A launch over one group of blocks: how many programs, and what they find there."""
 
     programs: int
@@ -48,11 +48,12 @@ def most_blocks(shards: int) -> int:
     return BLOCKS + shards
 
 
-def _launch(group: Group) -> _Launch:
+def launch_of(group: Group) -> Launch:
+    """What the launch over a group finds in its blocks."""
     blocks = group.blocks
     flat = blocks[:, 3] == FLAT
     elements = blocks[:, 2] * torch.where(flat, 1, blocks[:, 3])
-    return _Launch(
+    return Launch(
         programs=len(blocks),
         rows=int(blocks[~flat, 2].sum()),
         flat=int(flat.sum()),
@@ -64,7 +65,7 @@ def _launch(group: Group) -> _Launch:
     )
 
 
-def _tables(kernel: str, work: Work, launch: _Launch, fields: int, lists: int) -> tuple[Stream, Stream]:
+def tables(kernel: str, work: Work, launch: Launch, fields: int, lists: int) -> tuple[Stream, Stream]:
     """Reads of the block table and of the shards' addresses."""
     table, addresses, distinct = (
         fields * NUMBER,
@@ -77,12 +78,12 @@ def _tables(kernel: str, work: Work, launch: _Launch, fields: int, lists: int) -
     )
 
 
-def _sets(kernel: str, sets: Sets, launch: _Launch, *, warm: bool) -> Stream:
+def _sets(kernel: str, sets: Sets, launch: Launch, *, warm: bool) -> Stream:
     accessed = launch.elements * sum(launch.itemsizes[: len(sets)])
     return Stream(kernel, "sets", "load", accessed, accessed, set_bytes(sets), warm)
 
 
-def _out(kernel: str, launch: _Launch) -> Stream:
+def _out(kernel: str, launch: Launch) -> Stream:
     accessed = launch.elements * launch.itemsizes[-1]
     return Stream(kernel, "out", "store", accessed, accessed)
 
@@ -96,9 +97,9 @@ def _partials(sets: Sets, work: Work) -> Moves:
     """The first launches of the Gram and of EDGE: products of each block and each narrow row."""
     kernel, pairs = "_partial_kernel", len(sets) * (len(sets) + 1) // 2
     streams: list[Stream] = []
-    for launch in map(_launch, work.plan.groups):
+    for launch in map(launch_of, work.plan.groups):
         written = pairs * (launch.flat + launch.rows) * NUMBER
-        streams += _tables(kernel, work, launch, launch.programs * PLACE_FIELDS, len(sets))
+        streams += tables(kernel, work, launch, launch.programs * PLACE_FIELDS, len(sets))
         streams += [
             _sets(kernel, sets, launch, warm=False),
             Stream(kernel, "partials", "store", written, written),
@@ -130,10 +131,10 @@ def combine_moves(sets: Sets, out: Sequence[Tensor], plan: Segmentation, *, warm
     work = prepare([*sets, out], plan.first, plan.rows, plan.count)
     kernel = "_combine_kernel"
     streams: list[Stream] = []
-    for launch in map(_launch, work.plan.groups):
+    for launch in map(launch_of, work.plan.groups):
         read = (launch.flat + launch.rows) * len(sets) * NUMBER
         distinct = min(read, plan.count * len(sets) * NUMBER)
-        streams += _tables(kernel, work, launch, launch.programs * PLACE_FIELDS, len(sets) + 1)
+        streams += tables(kernel, work, launch, launch.programs * PLACE_FIELDS, len(sets) + 1)
         streams += [
             Stream(kernel, "coefficients", "load", read, distinct, distinct),
             _sets(kernel, sets, launch, warm=warm),
@@ -148,11 +149,11 @@ def edge_moves(sets: Sets, out: Sequence[Tensor], plan: Segmentation, variant: s
     kernel = "_apply_kernel"
     streams: list[Stream] = []
     resident, released = 3 * work.plan.slots * NUMBER, variant == "released"
-    for launch in map(_launch, work.plan.groups):
+    for launch in map(launch_of, work.plan.groups):
         fields = launch.programs * (PLACE_FIELDS + released * RANGE_FIELDS) + launch.flat * RANGE_FIELDS
         slots = launch.rows + launch.slots_read + released * launch.shard_slots_read
         stats = (launch.leading + launch.rows) * (4 + 2) * NUMBER
-        streams += _tables(kernel, work, launch, fields, 3)
+        streams += tables(kernel, work, launch, fields, 3)
         streams += [
             Stream(kernel, "partials", "load", 3 * slots * NUMBER, resident, resident, warm=True),
             _sets(kernel, sets, launch, warm=True),

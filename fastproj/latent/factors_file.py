@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastproj.files import write_atomically
 from fastproj.reference.basis import Basis
+from fastproj.tensor_file import check_header, check_none_left, read_tensors, taken, write_tensors
 
 if TYPE_CHECKING:
     from fastproj.latent.factors import LatentFactors
 
 VERSION = 1
 _HEADER = "fastproj.latent"
+_WHAT = "latent factors"
 # Names of the tables that have tensors by key of the bases, and their axes after the rank.
 _TABLES = ("shares", "agreement", "p_values", "null_shares")
 # Columns that went through fp32 are orthonormal to a few of its roundings, 6e-8 each, and 1e-6 in all.
@@ -26,8 +26,6 @@ _ROUNDING = 1e-9
 
 def write(factors: LatentFactors, path: Path) -> None:
     """Write factors to ``path``, whole or not at all. ValueError for what :func:`read` would refuse."""
-    from safetensors.torch import save
-
     _check_tables(factors)
     tensors = {f"basis/{key}": basis.matrix for key, basis in factors.bases.items()}
     tensors |= {f"spectra/{name}": values for name, values in factors.spectra.items()}
@@ -41,54 +39,32 @@ def write(factors: LatentFactors, path: Path) -> None:
         "bases": list(factors.bases),
         "spectra": list(factors.spectra),
     }
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(own, metadata={_HEADER: json.dumps(header)}))
+    write_tensors(path, _HEADER, header, tensors)
 
 
 def read(path: Path) -> LatentFactors:
     """Factors from ``path``. Raises FileNotFoundError and ValueError as ``LatentFactors.load``."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a file of latent factors at {path}, there is none")
-    header, tensors = _contents(path)
+    header, tensors = read_tensors(path, _HEADER, _WHAT)
     try:
         return _checked(header, tensors)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _contents(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    try:
-        return json.loads(metadata.get(_HEADER, "null")), tensors
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its header is no JSON: {error}") from error
-
-
-def _checked(header: Any, tensors: dict[str, Tensor]) -> LatentFactors:
+def _checked(found: Any, tensors: dict[str, Tensor]) -> LatentFactors:
     from fastproj.latent.factors import LatentFactors
 
-    if not isinstance(header, dict):
-        raise ValueError(f"expected a file of latent factors, its header has no {_HEADER!r}")
-    if header.get("version") != VERSION:
-        raise ValueError(f"expected version {VERSION}, got {header.get('version')!r}")
+    header = check_header(found, _HEADER, VERSION, _WHAT)
     modules, keys, names = (_names(header, field) for field in ("modules", "bases", "spectra"))
     fields: dict[str, Any] = {"side": header.get("side"), "pool": header.get("pool")}
-    fields |= {table: {key: _taken(tensors, f"{table}/{key}") for key in keys} for table in _TABLES}
+    fields |= {table: {key: taken(tensors, f"{table}/{key}") for key in keys} for table in _TABLES}
     factors = LatentFactors(
-        bases={key: _basis(_taken(tensors, f"basis/{key}"), key) for key in keys},
-        spectra={name: _taken(tensors, f"spectra/{name}") for name in names},
+        bases={key: _basis(taken(tensors, f"basis/{key}"), key) for key in keys},
+        spectra={name: taken(tensors, f"spectra/{name}") for name in names},
         modules=modules,
         **fields,
     )
-    if tensors:
-        raise ValueError(f"expected no tensor {next(iter(tensors))!r}")
+    check_none_left(tensors)
     _check_tables(factors)
     return factors
 
@@ -100,12 +76,6 @@ def _names(header: dict[str, Any], field: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names as {field!r}")
     return tuple(names)
-
-
-def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"expected a tensor {name!r}, there is none")
-    return tensors.pop(name)
 
 
 def _basis(matrix: Tensor, key: str) -> Basis:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -59,6 +61,27 @@ def on_blocks(
     ]
 
 
+class OnStream:
+    """A change of the residual stream that lasts until it is detached."""
+
+    def __init__(self, hooks: Sequence[torch.utils.hooks.RemovableHandle]) -> None:
+        self._hooks = list(hooks)
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> OnStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
 class Projection:
     """``h ← h − (h V) Vᵀ``, forward and so backward; also the backward of :class:`BackwardProjection`."""
 
@@ -80,18 +103,23 @@ class BackwardProjection(Projection):
     """``h ← h`` forward, ``δ ← δ − (δ V) Vᵀ`` backward."""
 
     def __call__(self, stream: Tensor) -> Tensor:
-        if not stream.requires_grad:
-            return stream
-        out: Tensor = _ProjectGradient.apply(stream, self.basis_for(stream))
-        return out
+        return changing_the_gradient(stream, partial(project_out_stream, basis=self.basis_for(stream)))
 
 
-class _ProjectGradient(torch.autograd.Function):
+def changing_the_gradient(stream: Tensor, change: Change) -> Tensor:
+    """``h ← h`` forward, ``δ ← change(δ)`` backward."""
+    if not stream.requires_grad:
+        return stream
+    out: Tensor = _ChangeGradient.apply(stream, change)
+    return out
+
+
+class _ChangeGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, basis: Basis) -> Tensor:
-        ctx.basis = basis
+    def forward(ctx: Any, stream: Tensor, change: Change) -> Tensor:
+        ctx.change = change
         return stream.view_as(stream)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return project_out_stream(grads[0], ctx.basis), None
+        return ctx.change(grads[0]), None

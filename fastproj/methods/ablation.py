@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +10,10 @@ from torch import Tensor, nn
 from fastproj.bindings.project_out import project_out_
 from fastproj.latent.factors import LatentFactors
 from fastproj.methods._constraint import SIDE_OF, bases_like, constraints
-from fastproj.methods._stream import Change, Projection, on_blocks, stream_basis
+from fastproj.methods._stream import OnStream, Projection, on_blocks, stream_basis
 
 
-class _OnStream:
-    """A change of the residual stream that lasts until it is detached."""
-
-    def __init__(self, model: nn.Module, change: Change, chosen: Collection[int] | None) -> None:
-        self._hooks: list[Any] = on_blocks(model, change, chosen)
-
-    def detach(self) -> None:
-        """Leave the model as it was found."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def __enter__(self) -> _OnStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-
-class Ablation(_OnStream):
+class Ablation(OnStream):
     """``h ← h − (h U) Uᵀ`` at the outputs of blocks: the model runs without the directions while it lasts.
 
     Around a fine-tune it is concept ablation fine-tuning, which trains without the directions and answers
@@ -54,10 +31,10 @@ class Ablation(_OnStream):
     def __init__(
         self, model: nn.Module, factors: LatentFactors, chosen: Collection[int] | None = None
     ) -> None:
-        super().__init__(model, Projection(stream_basis(factors, model)), chosen)
+        super().__init__(on_blocks(model, Projection(stream_basis(factors, model)), chosen))
 
 
-class Steering(_OnStream):
+class Steering(OnStream):
     """``h ← h + strength · ‖h‖ · u`` at the outputs of blocks: a push along the first direction, or against.
 
     ``strength`` is a share of each token's own norm, which grows from block to block. Its sign matters, and
@@ -80,7 +57,7 @@ class Steering(_OnStream):
             norms = torch.linalg.vector_norm(stream, dim=-1, keepdim=True)
             return stream + strength * norms * direction
 
-        super().__init__(model, push, chosen)
+        super().__init__(on_blocks(model, push, chosen))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastproj.bindings.edge import EdgeStats, edge_
+from fastproj.bindings.edge import EdgeStats, closed_form, edge_
 from fastproj.capture import Capture, Obstacle, select_parameters
 from fastproj.capture.attach import at_end_of_backward
 from fastproj.capture.second_set import SecondSet
@@ -102,6 +103,7 @@ class EDGE:
         self._verified: set[frozenset[str]] = set()
         self._second_set = SecondSet(self._parameters.values())
         self._second_forward = SecondForward(model) if dropout == "independent" else None
+        self._handed_over: list[Tensor] = []
         self._detached = False
 
     def loss(self, logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
@@ -154,6 +156,55 @@ class EDGE:
                 self._lagged.learn(self.stats)
         self._second_set.projected()
         return self.stats
+
+    @property
+    def granularity(self) -> Segments:
+        """The segments for a :class:`fastproj.optim.ProjectedAdamW` that is given none of its own."""
+        if self.options.variant == "released":
+            return "row"
+        if not isinstance(self.options.segments, str):
+            raise ValueError(
+                "listed segments are in the order of this engine's parameters; give the optimiser's order to "
+                "ProjectedAdamW(segments=...)"
+            )
+        return self.options.segments
+
+    @torch.no_grad()
+    def further_sets(self, parameters: Sequence[nn.Parameter]) -> list[list[Tensor | None]]:
+        """g of each parameter, None for those not projected: ProjectedAdamW takes it in place of project_().
+
+        Hands the second set over once. Raises RuntimeError as :meth:`project_` does, where the ratio is
+        lagged, so that ``.grad`` is projected already, and where a parameter with a g is missing.
+        """
+        self._second_set.check_untouched()
+        _check_single_process()
+        if self._lagged is not None:
+            raise RuntimeError(
+                "ratio='lagged' projects inside the backward pass; call project_() and step one of torch's "
+                "optimisers"
+            )
+        _, gce = self._both_sets()
+        weighted = dict(zip(self._parameters.values(), gce, strict=True))
+        further = [weighted.get(parameter) for parameter in parameters]
+        if sum(g is not None for g in further) < sum(g is not None for g in gce):
+            raise RuntimeError("the optimiser does not have all parameters that this engine projects")
+        self._handed_over = [g for g in further if g is not None]
+        self._second_set.projected()
+        return [further]
+
+    @torch.no_grad()
+    def coefficients(
+        self, gram: Tensor, *, precision: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """(c_e, c_g) of each segment from the Gram of (e, g), (S, 2, 2); also leaves them in ``stats``.
+
+        For the sets that were handed over last. ``precision`` and ``generator`` change nothing here.
+        """
+        o = self.options
+        found = closed_form(gram, self._handed_over, o.alpha, o.variant, o.on_nonfinite)
+        self._handed_over = []
+        self.stats = EdgeStats(gram, found)
+        return found
 
     def callback(self) -> EdgeCallback:
         """A ``TrainerCallback`` that adds cosine and bias share to the trainer's logs."""
@@ -267,7 +318,8 @@ class EDGE:
 
         loss.register_hook(second_backward)
 
-    def _project_exact(self) -> EdgeStats:
+    def _both_sets(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """e and g of every parameter; each has both or neither, and one of them has."""
         erm: list[Tensor | None] = []
         gce: list[Tensor | None] = []
         for name, parameter in self._parameters.items():
@@ -286,6 +338,10 @@ class EDGE:
             raise RuntimeError(
                 "project_() found no gradient: call backward() on the loss of this engine first"
             )
+        return erm, gce
+
+    def _project_exact(self) -> EdgeStats:
+        erm, gce = self._both_sets()
         o = self.options
         return edge_(
             erm, gce, alpha=o.alpha, segments=o.segments, variant=o.variant, on_nonfinite=o.on_nonfinite

@@ -17,34 +17,38 @@ PACK = 65_536
 class Pack:
     """Pieces of one segment, the same pieces from every set: ``sets[k][j]``.
 
-    ``dtype`` is what the pack is multiplied in; ``uniform`` says that all its tensors have it.
+    ``dtype`` is what the pack is multiplied in; ``uniform`` says that all its tensors have it. ``members``
+    are the shards that the pieces are of.
     """
 
     segment: int
     dtype: torch.dtype
     uniform: bool
     sets: list[list[Tensor]]
+    members: tuple[int, ...]
 
 
-def packs(shards: Sequence[Tensor], num_sets: int, first: Sequence[int]) -> Iterator[Pack]:
-    """The sets in order, small shards together and big ones in flat pieces, ``PACK`` elements at most."""
+def packs(shards: Sequence[Tensor], num_sets: int, first: Sequence[int], size: int = PACK) -> Iterator[Pack]:
+    """The sets in order, small shards together and big ones in flat pieces, ``size`` elements at most."""
     n = len(first)
     numels = tuple([shard.numel() for shard in shards[:n]])
     dtypes = tuple([shard.dtype for shard in shards])
-    for segment, dtype, uniform, members in _groups(numels, dtypes, tuple(first)):
+    for segment, dtype, uniform, members in _groups(numels, dtypes, tuple(first), size):
         sets = [[shards[k * n + i] for i in members] for k in range(num_sets)]
-        if numels[members[0]] <= PACK:
-            yield Pack(segment, dtype, uniform, sets)
+        if numels[members[0]] <= size:
+            yield Pack(segment, dtype, uniform, sets, members)
             continue
-        for pieces in zip(*(own[0].reshape(-1).split(PACK) for own in sets), strict=True):
-            yield Pack(segment, dtype, uniform, [[piece] for piece in pieces])
+        for pieces in zip(*(own[0].reshape(-1).split(size) for own in sets), strict=True):
+            yield Pack(segment, dtype, uniform, [[piece] for piece in pieces], members)
 
 
 Group = tuple[int, torch.dtype, bool, tuple[int, ...]]
 
 
 @lru_cache(maxsize=64)
-def _groups(numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tuple[int, ...]) -> list[Group]:
+def _groups(
+    numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tuple[int, ...], size: int
+) -> list[Group]:
     """Neighbouring shards of one segment and dtype that fit one pack; a big shard is a group of its own."""
     groups: list[tuple[tuple[int, torch.dtype, bool], list[int]]] = []
     room = 0
@@ -56,7 +60,7 @@ def _groups(numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], first: tup
         kind = (first[i], dtype, all(other == dtype for other in own))
         if not groups or groups[-1][0] != kind or numel > room:
             groups.append((kind, []))
-            room = PACK
+            room = size
         groups[-1][1].append(i)
         room -= numel
     return [(*kind, tuple(members)) for kind, members in groups]

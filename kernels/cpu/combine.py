@@ -24,7 +24,7 @@ def combine(
     num_sets = coefficients.shape[1]
     if rows:
         for start, target, at in zip(first, out, positions(shards, num_sets), strict=True):
-            _combine_rows(coefficients, start, target, at)
+            combine_rows(coefficients, start, target, at)
         return
     values = coefficients.tolist()
     # A big target is written through a flat view, which needs its memory in order.
@@ -32,13 +32,13 @@ def combine(
         t if t.numel() <= PACK or t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype) for t in out
     ]
     for pack in packs([*staged, *shards], num_sets + 1, first):
-        _combine_pack(values[pack.segment], pack)
+        combine_pack(values[pack.segment], pack)
     for target, written in zip(out, staged, strict=True):
         if target is not written:
             target.copy_(written)
 
 
-def _combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
+def combine_pack(coefficients: Sequence[float], pack: Pack) -> None:
     targets, *sets = pack.sets
     terms = [(c, pieces) for c, pieces in zip(coefficients, sets, strict=True) if c != 0]
     if not terms:
@@ -106,7 +106,7 @@ def _combine_through_buffer(
         target.copy_(total)
 
 
-def _combine_rows(coefficients: Tensor, start: int, target: Tensor, sets: Sequence[Tensor]) -> None:
+def combine_rows(coefficients: Tensor, start: int, target: Tensor, sets: Sequence[Tensor]) -> None:
     if not target.numel():
         return
     dtype = multiply_dtype([target, *sets])

@@ -22,7 +22,7 @@ from span_inputs import Family, families, random_sets
 import fastproj.kernels
 from fastproj.bench.audit.compilation import TARGETS, jobs, operators
 from fastproj.bench.traffic.recorder import Launch, observed_accesses
-from fastproj.kernels import combine, edge, gram, per_sample_grad, sketch, weighted_grad
+from fastproj.kernels import combine, edge, gram, per_sample_grad, projected_adamw, sketch, weighted_grad
 from fastproj.kernels._cases import CompileCase, every_pair
 
 KERNELS = Path(fastproj.kernels.__file__).parent
@@ -98,11 +98,12 @@ def traits(kernel: str, constants: dict[str, Any]) -> dict[str, Any] | None:
     chosen = {n: str(value) for n, value in constants.items() if n.isupper() and n not in following}
     if "DTYPES" in constants:
         dtypes = constants["DTYPES"]
-        if len({*dtypes, constants.get("OUT", dtypes[0])}) > 1:
+        if len({*dtypes, *constants.get("STATE", ()), constants.get("OUT", dtypes[0])}) > 1:
             return None
         # Combinations of three sets and more are alike but for their registers: the most are among the cases.
-        sets = min(len(dtypes), 3) if kernel == "_combine_kernel" else len(dtypes)
-        chosen |= {"DTYPES": str(dtypes[0]), "sets": str(sets), "OUT": ""}
+        alike = ("_combine_kernel", "_projected_adamw_kernel")
+        sets = min(len(dtypes), 3) if kernel in alike else len(dtypes)
+        chosen |= {"DTYPES": str(dtypes[0]), "sets": str(sets), "OUT": "", "STATE": ""}
     if "narrow_stride" in constants or "wide_stride" in constants:
         chosen["delta is narrow"] = str(constants.get("wide_stride") == 1)
     return chosen
@@ -152,6 +153,14 @@ def test_launchers_of_projections_choose_what_is_compiled(family: Family, varian
             plan.rows,
             sets[0],
         )
+        state, steps = (
+            [[shard.abs() for shard in sets[0]] for _ in range(3)],
+            [torch.ones(()) for _ in sets[0]],
+        )
+        projected_adamw.projected_adamw(
+            family.flat, torch.ones(plan.count, len(sets), dtype=torch.float64), plan.first, plan.rows,
+            *state, steps, torch.ones(()), 0.9, 0.999, 1e-8, 0.0, None,
+        )  # fmt: skip
         if len(sets) > 1 and (variant != "released" or plan.rows):
             edge.edge(sets[0], sets[1], sets[0], plan.first, plan.rows, plan.count, 1.0, variant, False)
 

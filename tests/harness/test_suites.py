@@ -66,11 +66,12 @@ QUICK = replace(SMALLEST, samples=2, tokens=8, activation_dtype="fp32")
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_case_is_right_and_as_large_as_it_says(suite: str) -> None:
-    """The footprint is each input and output once, but for a few numbers; EDGE writes over an input."""
+    """The footprint is each input and output once, but for a few numbers; some write over inputs."""
     for case in cases([suite], [QUICK], "cpu"):
         case.check()
         case.subject.build(0)()
-        written_over = 4 * QUICK.elements if suite == "edge" else 0
+        # EDGE over one gradient set, AdamW over parameters and both moments.
+        written_over = {"edge": 1, "projected_adamw": 3}.get(suite, 0) * 4 * QUICK.elements
         assert case.traffic.least_bytes - case.subject.footprint == pytest.approx(written_over, abs=64)
         assert case.subject.launches >= 1
 
@@ -78,12 +79,13 @@ def test_a_case_is_right_and_as_large_as_it_says(suite: str) -> None:
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("value", [1.0, torch.nan])
 def test_one_wrong_element_is_told(suite: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "edge_" if suite == "edge" else suite
+    name = {"edge": "edge_", "projected_adamw": "projected_adamw_"}.get(suite, suite)
     real = getattr(fastproj, name)
 
     def broken(*arguments: object, **options: object) -> object:
         result = real(*arguments, **options)
         out = arguments[0] if suite == "edge" else options.get("out", result)
+        out = arguments[2] if suite == "projected_adamw" else out
         out = out.losses.detach() if suite == "cross_entropy" else out
         tensor = out if isinstance(out, Tensor) else out[-1]
         tensor.view(-1)[-1] += value * tensor.abs().max()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastproj.bench.traffic.chips import CHIPS, MIB, Chip
 from fastproj.bench.traffic.models import OPERATORS, Traffic, roofline
 from fastproj.bench.traffic.moves import DTYPES, KernelCount, Moves, Stream
+from fastproj.bench.traffic.projected_adamw import projected_adamw, separate_bytes
 from fastproj.bench.traffic.sketch import hadamard_moves, sparse_moves
 from fastproj.bench.traffic.span import edge, gram, gram_and_combine, most_blocks
 from fastproj.bench.traffic.workloads import WORKLOADS, Workload
@@ -55,6 +57,20 @@ def test_the_second_read_is_a_hit_where_the_sets_fit(operator: str, workload: Wo
     # 2N + N where the sets fit, 4N + N where they do not; tables and sums add less than 1 %.
     assert traffic.memory_ratio(fitting) == pytest.approx(1.0, abs=0.01)
     assert traffic.memory_ratio(fitting - 1) == pytest.approx(5 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize("workload", NAMED, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("segments", ["global", "tensor"])
+def test_a_step_in_one_sweep_saves_two_accesses_of_each_element(workload: Workload, segments: str):
+    """e, g, p, m and v read, three of them written; a combination writes G as well, and AdamW reads it."""
+    moves = projected_adamw(workload, segments).moves
+    size = DTYPES[workload.dtype].itemsize * workload.elements
+    assert moves.bytes("load", "sets", "state") + moves.bytes("store") == 8 * size
+    whole = torch.empty((), dtype=DTYPES[workload.dtype]).expand(workload.elements)
+    assert separate_bytes([[whole]] * 2, [[whole]] * 3, [whole]) == 10 * size
+    # Per block: six fields, 2 + 3 addresses, two coefficients, a step and where it is, two controls.
+    rest = moves.bytes("load") - 5 * size
+    assert rest <= (6 + 5 + 2 + 2 + 2) * TABLE_ENTRY * most_blocks(len(workload.shards))
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)

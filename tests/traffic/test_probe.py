@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from span_inputs import SHAPES
 
 from fastproj.bench.traffic.moves import DTYPES
-from fastproj.bench.traffic.probe import contraction_probes, judge, probe_all, span_probes, subspace_probes
+from fastproj.bench.traffic.probe import (
+    contraction_probes,
+    judge,
+    probe_all,
+    span_probes,
+    step_probes,
+    subspace_probes,
+)
 from fastproj.kernels import combine, edge, weighted_grad
 from fastproj.kernels.sketch import HOMES
 
@@ -33,6 +40,7 @@ def test_every_probe_agrees_with_the_model():
     assert {result.operator for result in results} == {
         *("gram + combine", "edge", "project_out", "weighted_grad", "per_sample_grad"),
         *("per_sample_influence", "sketch", "cross_entropy"),
+        "projected_adamw",
     }
     assert all(result.counted == result.modelled for result in results)
     assert {result.probe.split(", ")[1] for result in results if result.operator == "sketch"} == {*HOMES}
@@ -47,7 +55,10 @@ def test_every_probe_agrees_with_the_model():
 def test_span_projections_access_what_the_model_says(
     shapes: list[tuple[int, ...]], dtypes: list[str], segments: str, sets: int
 ):
-    for probe in span_probes(shapes, dtypes, segments, sets):
+    for probe in (
+        *span_probes(shapes, dtypes, segments, sets),
+        *step_probes(shapes, dtypes, segments, sets),
+    ):
         assert judge(probe).problem is None
 
 
