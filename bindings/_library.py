@@ -23,6 +23,7 @@ OPERATORS = (
     "per_sample_influence",
     "sketch",
     "cross_entropy",
+    "balance_loss",
 )
 # How an operator's fast path on the CPU works, where it is not by matrix products alone.
 CPU_WAYS = {
@@ -30,6 +31,7 @@ CPU_WAYS = {
     "combine": "cache-blocked ATen",
     "sketch": "NumPy's Philox and ATen",
     "cross_entropy": "ATen's log-softmax",
+    "balance_loss": "ATen's masked sums",
 }
 
 

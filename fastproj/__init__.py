@@ -10,6 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastproj.balance.adapter import add_balance_adapter, load_balance_adapter
+    from fastproj.balance.early_exit import EarlyExit, early_exit
+    from fastproj.balance.interchange import (
+        InterchangePair,
+        LayerScores,
+        interchange_ablation,
+        interchange_pairs,
+    )
+    from fastproj.balance.label_logits import label_logits
+    from fastproj.balance.labels import LabelWords, label_words
+    from fastproj.balance.objective import BalanceObjective
+    from fastproj.bindings.balance_loss import BalanceLoss, RunningMeans, balance_loss
     from fastproj.bindings.combine import combine
     from fastproj.bindings.cross_entropy import SampleLosses, cross_entropy
     from fastproj.bindings.edge import EdgeStats, edge, edge_
@@ -39,18 +51,33 @@ _HOME = {
     "EDGE": "fastproj.methods.edge",
     "GRASP": "fastproj.methods.grasp",
     "AdamState": "fastproj.reference.adam",
+    "BalanceLoss": "fastproj.bindings.balance_loss",
+    "BalanceObjective": "fastproj.balance.objective",
     "Basis": "fastproj.reference.basis",
+    "EarlyExit": "fastproj.balance.early_exit",
     "EdgeStats": "fastproj.bindings.edge",
     "InfluenceScorer": "fastproj.influence.scorer",
+    "InterchangePair": "fastproj.balance.interchange",
+    "LabelWords": "fastproj.balance.labels",
     "LatentFactors": "fastproj.latent.factors",
+    "LayerScores": "fastproj.balance.interchange",
+    "RunningMeans": "fastproj.bindings.balance_loss",
     "SampleLosses": "fastproj.bindings.cross_entropy",
+    "add_balance_adapter": "fastproj.balance.adapter",
+    "balance_loss": "fastproj.bindings.balance_loss",
     "combine": "fastproj.bindings.combine",
     "cross_entropy": "fastproj.bindings.cross_entropy",
     "describe": "fastproj.latent.describe",
+    "early_exit": "fastproj.balance.early_exit",
     "edge": "fastproj.bindings.edge",
     "edge_": "fastproj.bindings.edge",
     "gram": "fastproj.bindings.gram",
     "identify": "fastproj.latent.identify",
+    "interchange_ablation": "fastproj.balance.interchange",
+    "interchange_pairs": "fastproj.balance.interchange",
+    "label_logits": "fastproj.balance.label_logits",
+    "label_words": "fastproj.balance.labels",
+    "load_balance_adapter": "fastproj.balance.adapter",
     "orthonormalize": "fastproj.reference.basis",
     "per_sample_dot": "fastproj.bindings.per_sample_influence",
     "per_sample_grad": "fastproj.bindings.per_sample_grad",
@@ -68,18 +95,33 @@ __all__ = [
     "EDGE",
     "GRASP",
     "AdamState",
+    "BalanceLoss",
+    "BalanceObjective",
     "Basis",
+    "EarlyExit",
     "EdgeStats",
     "InfluenceScorer",
+    "InterchangePair",
+    "LabelWords",
     "LatentFactors",
+    "LayerScores",
+    "RunningMeans",
     "SampleLosses",
+    "add_balance_adapter",
+    "balance_loss",
     "combine",
     "cross_entropy",
     "describe",
+    "early_exit",
     "edge",
     "edge_",
     "gram",
     "identify",
+    "interchange_ablation",
+    "interchange_pairs",
+    "label_logits",
+    "label_words",
+    "load_balance_adapter",
     "orthonormalize",
     "per_sample_dot",
     "per_sample_grad",
