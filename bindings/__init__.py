@@ -1,5 +1,6 @@
 """torch.library operators over the kernels: schema, fake, autograd and dispatch by device."""
 
+from fastproj.bindings import balance_loss as balance_loss
 from fastproj.bindings import combine as combine
 from fastproj.bindings import cross_entropy as cross_entropy
 from fastproj.bindings import edge as edge

@@ -24,6 +24,7 @@ OPERATORS = (
     "sketch",
     "cross_entropy",
     "projected_adamw",
+    "balance_loss",
 )
 # How an operator's fast path on the CPU works, where it is not by matrix products alone.
 CPU_WAYS = {
@@ -32,6 +33,7 @@ CPU_WAYS = {
     "sketch": "NumPy's Philox and ATen",
     "cross_entropy": "ATen's log-softmax",
     "projected_adamw": "ATen's fused AdamW, cache-blocked",
+    "balance_loss": "ATen's masked sums",
 }
 
 

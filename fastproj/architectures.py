@@ -15,14 +15,22 @@ class Architecture:
     """The parts of a model that touch the residual stream.
 
     ``blocks`` is the path of the list of blocks in a model with a head; a bare base model has it without the
-    first part. ``readers`` and ``writers`` are linear layers of a block. Readers read the stream behind the
-    block's norm; in Gemma 2 and 3 a norm also stands between what a writer gives and the stream.
+    first part. ``readers`` and ``writers`` are linear layers of a block, the attention's writer first.
+    Readers read the stream behind the block's norm; in Gemma 2 and 3 a norm also stands between what a
+    writer gives and the stream. ``final`` are the paths of what a causal model puts between its last block
+    and its unembedding, in order; encoders put layers of their heads there.
     """
 
     name: str
     blocks: str
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    final: tuple[str, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        """Whether its models read from left to right; the others are encoders."""
+        return bool(self.final)
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -34,18 +42,21 @@ _LLAMA = Architecture(
     blocks="model.layers",
     readers=(*_ATTENTION, "mlp.gate_proj", "mlp.up_proj"),
     writers=("self_attn.o_proj", "mlp.down_proj"),
+    final=("model.norm",),
 )
 _GPT2 = Architecture(
     name="gpt2",
     blocks="transformer.h",
     readers=("attn.c_attn", "mlp.c_fc"),
     writers=("attn.c_proj", "mlp.c_proj"),
+    final=("transformer.ln_f",),
 )
 _OPT = Architecture(
     name="opt",
     blocks="model.decoder.layers",
     readers=(*_ATTENTION, "fc1"),
     writers=("self_attn.out_proj", "fc2"),
+    final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
 )
 _BERT = Architecture("bert", "bert.encoder.layer", _BERT_READERS, _BERT_WRITERS)
 _ROBERTA = Architecture("roberta", "roberta.encoder.layer", _BERT_READERS, _BERT_WRITERS)
@@ -95,6 +106,27 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(found, nn.ModuleList) and len(found):
             return {f"{name}.{number}": block for number, block in enumerate(found)}
     raise ValueError(f"expected blocks at {path!r} in {type(base).__name__}, there are none")
+
+
+def final_layers(model: nn.Module) -> list[nn.Module]:
+    """What a causal model's last block gives goes through in front of the unembedding, in order.
+
+    A norm, which some OPT models lack, and in OPT models with narrower embeddings a linear layer behind it.
+    Raises ValueError as :func:`blocks`, and where a path of the architecture leads nowhere.
+    """
+    architecture = architecture_of(model)
+    bare = not next(iter(blocks(model))).startswith(f"{architecture.blocks}.")
+    base = _base_model(model)
+    found = []
+    for path in architecture.final:
+        parent, _, name = (path.partition(".")[2] if bare else path).rpartition(".")
+        owner = base.get_submodule(parent)
+        if not hasattr(owner, name):
+            raise ValueError(f"expected {path!r} in {type(base).__name__}, there is none")
+        layer = getattr(owner, name)
+        if layer is not None:
+            found.append(layer)
+    return found
 
 
 def stream_role(name: str) -> Role | None:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from fastproj import __version__
+from fastproj.balance.balance_command import balance
+from fastproj.balance.layers_command import layers
 from fastproj.bench.audit.command import audit
 from fastproj.bench.harness.command import app as bench
 from fastproj.bias_diff.evaluate_command import evaluate
@@ -28,7 +30,7 @@ app = typer.Typer(
 
 app.command()(audit)
 app.add_typer(bench, name="bench")
-for command in (score, select, unlearn, evaluate, report, identify, grasp):
+for command in (score, select, unlearn, evaluate, report, identify, grasp, layers, balance):
     app.command()(command)
 
 Alphas = Annotated[str | None, typer.Option("--alpha", metavar="A,B,C", help="Strengths of EDGE to compare.")]

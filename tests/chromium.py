@@ -15,6 +15,36 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATIENCE = 60.0  # seconds for one answer: a browser starts slowly on a busy machine
+# The contrast of each text with what lies behind it, by WCAG 2.2; backgrounds are opaque or none.
+CONTRASTS = """
+(() => {
+  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const pixel = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return canvas.getImageData(0, 0, 1, 1).data;
+  };
+  const light = (colour) => {
+    const [r, g, b] = [...pixel(colour)].map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (pixel(colour)[3] === 255) return colour;
+    }
+    return 'white';
+  };
+  const found = [];
+  for (const element of document.querySelectorAll('main *')) {
+    const written = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (element.closest('svg') || !written) continue;
+    const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.outerHTML.slice(0, 80)]);
+  }
+  return found;
+})()
+"""
 
 
 def find_chromium() -> str | None:

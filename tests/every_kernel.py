@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastproj
 from fastproj.reference.adam import AdamState
+from fastproj.reference.balance_loss import balance_loss
 from fastproj.reference.combine import combine
 from fastproj.reference.edge import edge
 from fastproj.reference.gram import gram
@@ -30,6 +31,8 @@ SHAPES = ((7, 33), (3, 511), (9001,), (1,), (0, 4), (70, 130))
 LAYERS = ((2, 5, 3, 130), (2, 5, 130, 3), (3, 1, 2, 37), (2, 600, 16, 70))
 # vectors, length, rank: on chip and in chunks, with and without wide loads
 SUBSPACES = ((7, 33, 2), (16, 256, 3), (130, 65, 1), (8, 304, 60), (3, 1030, 2), (17, 41, 33))
+# samples, labels: less than a tile, several turns of samples, more labels than a tile takes
+LABELLED = ((16, 28), (37, 33), (5, 1030))
 SEGMENTS = ("global", "tensor", "row")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -131,6 +134,22 @@ def influence(dtype: torch.dtype, layer: tuple[int, int, int, int], device: str)
         require_close(f"per_sample_influence, {dtype}, {layer}", value, expected)
 
 
+def balance(dtype: torch.dtype, size: tuple[int, int], device: str) -> None:
+    samples, number = size
+    logits = random(*size, seed=3).to(dtype)
+    known = random(2, number, seed=4)
+    running = fastproj.RunningMeans(number)
+    for labels in (torch.arange(samples) % number, random(*size, seed=5) > 0):
+        running.means = known.to(device)
+        here = logits.to(device).requires_grad_()
+        exact = logits.double().requires_grad_()
+        got = fastproj.balance_loss(here, labels.to(device), running=running)
+        want = balance_loss(exact, labels, known=known)
+        require_close(f"balance_loss, {dtype}, {size}", torch.stack(got), torch.stack(want).detach())
+        (grad,) = torch.autograd.grad(sum(got), here)
+        require_close(f"its gradient, {dtype}, {size}", grad, torch.autograd.grad(sum(want), exact)[0])
+
+
 def main(device: str) -> None:
     """Every dtype of every operator on ``device``."""
     for dtype in DTYPES:
@@ -142,6 +161,8 @@ def main(device: str) -> None:
         for layer in LAYERS:
             contractions(dtype, layer, device)
             influence(dtype, layer, device)
+        for size in LABELLED:
+            balance(dtype, size, device)
     print(f"every operator ran on {device}")
 
 

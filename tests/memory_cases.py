@@ -12,6 +12,7 @@ from memory_checker import Guards, Observation, checked
 from span_inputs import DTYPES, random_sets
 from torch import Tensor
 
+from fastproj.kernels.balance_loss import balance_loss, balance_loss_backward
 from fastproj.kernels.combine import combine
 from fastproj.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from fastproj.kernels.edge import edge
@@ -330,6 +331,48 @@ def _cross_entropy(smoothing: float, ignored: int, tensors: list[Tensor]) -> lis
     return [losses, own, *statistics, cross_entropy_backward(ones, logits, labels, *statistics, *options)]
 
 
+# (samples, labels): one of each, tails of tiles, a full one, several turns of samples, more labels than one.
+LABELLED = ((1, 1), (5, 3), (40, 32), (19, 257), (3, 1030))
+
+
+def balance_loss_cases() -> Iterator[Case]:
+    """Losses and gradients: a label a sample or for each, with known means in half of them."""
+    for (i, size), (j, layout) in product(enumerate(LABELLED), enumerate(LAYOUTS)):
+        dtype, each = DTYPES[(i + j) % len(DTYPES)], (i + j) % 2 == 1
+        yield Case(
+            f"balance_loss {'x'.join(map(str, size))} {'each' if each else 'one'}, {dtype}".replace(
+                "torch.", ""
+            ),
+            partial(_logits_and_means, size, dtype, i % 2 == 1),
+            partial(_balance_loss, each),
+            layout,
+        )
+
+
+def _logits_and_means(size: tuple[int, int], dtype: torch.dtype, known: bool) -> list[Tensor]:
+    """Logits, and means of which some are known."""
+    means = torch.full((2, size[1]), torch.nan, dtype=torch.float64)
+    means[:, ::2] = 0.5
+    return [*_sets(1, [size], (dtype,)), *([means] if known else [])]
+
+
+def _balance_loss(each: bool, tensors: list[Tensor]) -> list[Tensor]:
+    """Losses, means, slopes and the gradient of the losses' sum; NaN of no mean made a number.
+
+    The last sample has labels that do not count.
+    """
+    logits, *known = tensors
+    if each:
+        labels = torch.arange(logits.numel()).view(logits.shape).remainder(2).to(torch.int8)
+    else:
+        labels = torch.arange(logits.shape[0]).remainder(logits.shape[1])
+    labels[-1] = -100
+    *losses, means, slopes = balance_loss(logits, labels, known[0] if known else None, True, -100)
+    ones = [torch.ones_like(loss) for loss in losses]
+    grad = balance_loss_backward(*ones, slopes, labels, -100, logits.dtype)
+    return [*losses, means.nan_to_num(-1.0), slopes, grad]
+
+
 def subspace_cases() -> Iterator[Case]:
     """Projections onto complements: rows and columns, into tensors of their own and in place."""
     for (j, layout), left, in_place in product(enumerate(LAYOUTS), (False, True), (False, True)):
@@ -372,4 +415,5 @@ CASES = (
     *structured_sketch_cases(),
     *cross_entropy_cases(),
     *step_cases(),
+    *balance_loss_cases(),
 )

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tiny_architectures import BLOCKS, MODELS, VOCABULARY, WIDTH, tiny
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from fastproj.architectures import ARCHITECTURES, architecture_of, blocks, stream_role
+from fastproj.architectures import ARCHITECTURES, architecture_of, blocks, final_layers, stream_role
 
 KINDS = sorted(ARCHITECTURES)
+ENCODERS = ("bert", "roberta")
+CAUSAL = [kind for kind in KINDS if kind not in ENCODERS]
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:
@@ -89,6 +91,71 @@ def test_blocks_of_bare_and_of_adapted_models(kind: str) -> None:
     again = blocks(wrapped)
     assert list(again) == list(plain)
     assert all(again[name] is block for name, block in plain.items())
+
+
+def last_stream_and_end(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the last block gives, and what the unembedding reads, or a bare model gives."""
+    taken: dict[str, Tensor] = {}
+
+    def keep_stream(_: nn.Module, __: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        taken["stream"] = out[0] if isinstance(out, tuple) else out
+
+    def keep_end(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        taken["end"] = inputs[0]
+
+    handles = [list(blocks(model).values())[-1].register_forward_hook(keep_stream)]
+    head = model.get_output_embeddings()
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(keep_end))
+    with torch.no_grad():
+        out = model(input_ids=torch.arange(2, 8)[None])
+    for handle in handles:
+        handle.remove()
+    return taken["stream"], taken["end"] if head is not None else out.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("bare", [False, True], ids=["head", "bare"])
+def test_final_layers_lead_from_the_last_block_to_the_head(kind: str, bare: bool) -> None:
+    model = tiny(kind, bare).eval()
+    stream, end = last_stream_and_end(model)
+    with torch.no_grad():
+        for layer in final_layers(model):
+            stream = layer(stream)
+    assert torch.equal(stream, end)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("without_norm", [False, True])
+def test_final_layers_of_opt_models_of_every_shape(narrow: bool, without_norm: bool) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=WIDTH, word_embed_proj_dim=8 if narrow else WIDTH, ffn_dim=24, num_hidden_layers=BLOCKS,
+        num_attention_heads=2, vocab_size=VOCABULARY, max_position_embeddings=16,
+        do_layer_norm_before=not without_norm, _remove_final_layer_norm=without_norm,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    layers = final_layers(model)
+    assert [type(layer) for layer in layers] == [nn.LayerNorm] * (not without_norm) + [nn.Linear] * narrow
+    stream, end = last_stream_and_end(model)
+    with torch.no_grad():
+        for layer in layers:
+            stream = layer(stream)
+    assert torch.equal(stream, end)
+
+
+def test_final_layers_of_adapted_models_and_of_encoders() -> None:
+    model = tiny("llama")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert final_layers(wrapped) == [model.model.norm]
+    assert [final_layers(tiny(kind)) for kind in ENCODERS] == [[], []]
+
+
+def test_a_model_without_its_final_layers_is_refused() -> None:
+    model = tiny("llama")
+    del model.model.norm
+    with pytest.raises(ValueError, match=r"expected 'model\.norm' in LlamaForCausalLM, there is none"):
+        final_layers(model)
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:

@@ -150,6 +150,7 @@ def test_a_wheel_holds_every_module_under_one_package(wheel: set[str]) -> None:
 def test_a_wheel_holds_the_page_templates_and_the_typing_marker(wheel: set[str]) -> None:
     assert "fastproj/py.typed" in wheel
     for package, folder in {
+        "fastproj/balance": ROOT / "fastproj" / "balance",
         "fastproj/demo": ROOT / "fastproj" / "demo",
         "fastproj/latent": ROOT / "fastproj" / "latent",
         "fastproj/templates": ROOT / "fastproj" / "templates",

@@ -28,7 +28,12 @@ def norms_in_fp64(model: nn.Module) -> nn.Module:
     """The same RMS norms without their rounding to fp32, which would be all that is measured."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
+            kind = type(child).__name__
+            if kind.startswith("Gemma") and kind.endswith("RMSNorm"):  # scales by 1 + weight
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.eps)
+                norm.weight = nn.Parameter(1 + child.weight.detach())
+                setattr(parent, name, norm)
+            elif kind == "T5LayerNorm" or (kind.endswith("RMSNorm") and hasattr(child, "variance_epsilon")):
                 norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
                 norm.weight = child.weight
                 setattr(parent, name, norm)

@@ -59,10 +59,10 @@ def bench(
     check_output(output)
     from rich.console import Console
 
+    from fastproj.bench.harness.case import WrongResultError
     from fastproj.bench.harness.gate import GateRefusedError
     from fastproj.bench.harness.record import write_record
     from fastproj.bench.harness.session import Options, take
-    from fastproj.bench.harness.suites import WrongResultError
     from fastproj.bench.harness.tables import show_record
 
     options = Options(device, tuple(suite or ()), tuple(workload or ()), quick, rounds, tests)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
+from fastproj.bench.harness.case import Case, WrongResultError
 from fastproj.bench.harness.clock import Clock, DoesNotFitError, Subject
 from fastproj.bench.harness.device import Call
 from fastproj.bench.harness.record import Row
-from fastproj.bench.harness.suites import Case, WrongResultError
 from fastproj.bench.harness.telemetry import Telemetry, energy_per_call
 from fastproj.bench.traffic.chips import Chip
 from fastproj.bench.traffic.models import roofline

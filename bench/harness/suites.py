@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 import fastproj
+from fastproj.bench.harness.case import (
+    CHECKED_SAMPLES,
+    ROUNDED,
+    SUMMED,
+    Case,
+    gradients,
+    require_close,
+)
 from fastproj.bench.harness.clock import Subject
+from fastproj.bench.harness.losses import balance_loss_case, cross_entropy_case
 from fastproj.bench.traffic.contraction import per_sample_grad_call, weighted_grad_call
-from fastproj.bench.traffic.cross_entropy import cross_entropy_call, vocabulary
 from fastproj.bench.traffic.influence import REFERENCES, per_sample_influence_call
 from fastproj.bench.traffic.models import OPERATORS as MODELS
-from fastproj.bench.traffic.models import Traffic
 from fastproj.bench.traffic.moves import DTYPES
 from fastproj.bench.traffic.sketch import DIMENSION, sketch_call
 from fastproj.bench.traffic.subspace import RANK
@@ -24,7 +31,6 @@ from fastproj.bench.workloads import Shape
 from fastproj.bindings.project_out import Side
 from fastproj.reference.adam import AdamState
 from fastproj.reference.combine import combine as reference_combine
-from fastproj.reference.cross_entropy import cross_entropy as reference_cross_entropy
 from fastproj.reference.edge import edge as reference_edge
 from fastproj.reference.gram import gram as reference_gram
 from fastproj.reference.per_sample_grad import per_sample_grad as reference_per_sample
@@ -36,37 +42,16 @@ from fastproj.reference.weighted_grad import weighted_grad as reference_weighted
 
 SUITES = (
     *("gram", "combine", "edge", "project_out", "weighted_grad", "per_sample_grad"),
-    *("per_sample_influence", "sketch", "cross_entropy"),
-    "projected_adamw",
+    *("per_sample_influence", "sketch", "cross_entropy", "balance_loss", "projected_adamw"),
 )
 SUMS = 2
 # A projection in place adds at most α |g| to e, and short calls are repeated up to about 1e5 times: e stays
 # within some hundred times what it was, far from overflow.
 ALPHA = 1e-3
 QUICK_SAMPLES, QUICK_TOKENS = 2, 128
-# fp32 sums over blocks of thousands of products; a coefficient, two or three products and their sum.
-SUMMED, ROUNDED = 1e-5, 8 * torch.finfo(torch.float32).eps
 # Tokens enough for partial results, which the timed calls take too.
-CHECKED_SHARDS, CHECKED_SAMPLES, CHECKED_TOKENS = 4, 3, 400
+CHECKED_SHARDS, CHECKED_TOKENS = 4, 400
 CHECKED_POSITIONS = 1500
-MOST_ROWS = 512  # of logits in a call: a vocabulary's rows of a whole batch would fill some memories
-
-
-class WrongResultError(RuntimeError):
-    """A timed call does not give what the reference gives."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row to come: what to time, the traffic of one call, and the check to pass before."""
-
-    suite: str
-    workload: str
-    part: str
-    dtype: str
-    traffic: Traffic
-    subject: Subject
-    check: Callable[[], None]
 
 
 def select_workloads(names: Sequence[str], device: str, quick: bool) -> list[Workload]:
@@ -102,6 +87,8 @@ def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> 
                 yield project_out_case(workload, device)
             elif suite == "cross_entropy":
                 yield cross_entropy_case(workload, device)
+            elif suite == "balance_loss":
+                yield balance_loss_case(workload, device)
             elif suite == "sketch":
                 yield sketch_case(workload, device)
             elif suite == "projected_adamw":
@@ -122,12 +109,6 @@ def distinct(contractions: Sequence[Contraction]) -> list[Contraction]:
     for contraction in contractions:
         by_shape.setdefault((contraction.d_in, contraction.d_out), replace(contraction, calls=1))
     return list(by_shape.values())
-
-
-def gradients(shapes: Sequence[Shape], dtype: str, seed: int, device: str) -> list[Tensor]:
-    """One gradient set of standard normal values, made on the device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(s, generator=generator, device=device, dtype=DTYPES[dtype]) for s in shapes]
 
 
 @dataclass(frozen=True)
@@ -319,38 +300,6 @@ def sketch_case(workload: Workload, device: str) -> Case:
     return Case("sketch", workload.name, part, workload.dtype, traffic, subject, check)
 
 
-def cross_entropy_case(workload: Workload, device: str) -> Case:
-    """Losses of one sample's tokens over the model's vocabulary, and the gradient of their logits."""
-    tokens, classes, dtype = min(workload.tokens, MOST_ROWS), vocabulary(workload), workload.activation_dtype
-    traffic = cross_entropy_call(tokens, classes, dtype, workload.name)
-
-    def prepare(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-        (logits,) = gradients([(rows, classes)], dtype, seed, device)
-        return logits[None].requires_grad_(), torch.arange(rows, device=device)[None]
-
-    def losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses = fastproj.cross_entropy(logits, labels, reduction="sum").losses
-        return losses.detach(), torch.autograd.grad(losses, logits, torch.ones_like(losses))[0]
-
-    def check() -> None:
-        logits, labels = prepare(CHECKED_SAMPLES, 0)
-        losses, gradient = losses_and_gradient(logits, labels)
-        exact = logits.detach().double().cpu().requires_grad_()
-        want, *_ = reference_cross_entropy(exact, labels.cpu(), reduction="sum")
-        (wanted,) = torch.autograd.grad(want, exact, torch.ones_like(want))
-        # A probability rounded, and the sum of a vocabulary's exponentials in fp32.
-        rounding = torch.finfo(gradient.dtype).eps * wanted.abs() + SUMMED * wanted.abs().max()
-        require_close("cross_entropy", [losses], [want.detach()], SUMMED * want.max().item())
-        require_close("cross_entropy", [gradient], [wanted], rounding)
-
-    part = f"{tokens} tokens, {classes} classes"
-    subject = Subject(
-        lambda seed: partial(losses_and_gradient, *prepare(tokens, seed)),
-        traffic.least_bytes, traffic.least_bytes, traffic.launches,
-    )  # fmt: skip
-    return Case("cross_entropy", workload.name, part, dtype, traffic, subject, check)
-
-
 def layer(contraction: Contraction, dtype: str, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """x, delta and the weights of SUMS sums: ones, as plain training has them, and values in [0, 1]."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -385,13 +334,3 @@ def check_contraction(suite: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None
     # The weighted side and the result are rounded to the dtype, products and their sums to fp32.
     share = 1.5 * torch.finfo(got.dtype).eps + 2 * (positions + 2) * torch.finfo(torch.float32).eps
     require_close(suite, [got], [want], magnitude * share)
-
-
-def require_close(suite: str, got: Sequence[Tensor], want: Sequence[Tensor], allowed: float | Tensor) -> None:
-    """Raises WrongResultError where a value is further from the reference than ``allowed``, or is NaN."""
-    for index, (value, expected) in enumerate(zip(got, want, strict=True)):
-        off = (value.double().cpu() - expected).abs()
-        if not bool((off <= allowed).all()):
-            raise WrongResultError(
-                f"{suite}: result {index} is off by {off.max().item():.3g} from the fp64 reference: not timed"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastproj.bench.traffic.balance_loss import balance_loss
 from fastproj.bench.traffic.contraction import per_sample_grad, weighted_grad
 from fastproj.bench.traffic.cross_entropy import cross_entropy
 from fastproj.bench.traffic.influence import per_sample_influence
@@ -26,12 +27,14 @@ OPERATORS: dict[str, Callable[[Workload], Traffic]] = {
     "sketch": sketch,
     "cross_entropy": cross_entropy,
     "projected_adamw": projected_adamw,
+    "balance_loss": balance_loss,
 }
 
 __all__ = [
     "OPERATORS",
     "Floor",
     "Traffic",
+    "balance_loss",
     "combine",
     "cross_entropy",
     "edge",

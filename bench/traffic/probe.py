@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastproj.bench.traffic.balance_loss import balance_loss_moves
 from fastproj.bench.traffic.contraction import per_sample_moves, weighted_moves
 from fastproj.bench.traffic.cross_entropy import cross_entropy_moves
 from fastproj.bench.traffic.influence import influence_moves
@@ -26,7 +27,16 @@ from fastproj.bench.traffic.recorder import Access, Launch, observed_accesses
 from fastproj.bench.traffic.sketch import WIDTH, dense_moves, hadamard_moves, kronecker_moves, sparse_moves
 from fastproj.bench.traffic.span import combine_moves, edge_moves, gram_moves
 from fastproj.bench.traffic.subspace import project_out_moves
-from fastproj.kernels import combine, cross_entropy, edge, gram, per_sample_grad, project_out, weighted_grad
+from fastproj.kernels import (
+    balance_loss,
+    combine,
+    cross_entropy,
+    edge,
+    gram,
+    per_sample_grad,
+    project_out,
+    weighted_grad,
+)
 from fastproj.kernels.per_sample_influence import per_sample_influence
 from fastproj.kernels.projected_adamw import projected_adamw
 from fastproj.kernels.sketch import sketch
@@ -147,6 +157,9 @@ def probes() -> Iterator[Probe]:
     for dtype in DTYPES:
         for classes in (5, 4099):
             yield from cross_entropy_probes(2, 3, classes, dtype)
+        # A tile of labels and more than one, samples of one program of the gradient and of two.
+        for samples, labels in ((16, 28), (33, 2100), (0, 5)):
+            yield from balance_loss_probes(samples, labels, dtype)
 
 
 def span_probes(
@@ -292,6 +305,24 @@ def cross_entropy_probes(samples: int, tokens: int, classes: int, dtype: str) ->
     rows = samples * tokens
     moves = cross_entropy_moves(rows, rows - -(-rows // 3), classes, DTYPES[dtype])
     yield Probe("cross_entropy", f"{dtype}, {samples} × {tokens} tokens, {classes} classes", call, moves)
+
+
+def balance_loss_probes(samples: int, number: int, dtype: str) -> Iterator[Probe]:
+    """Losses of (samples, number) and their gradient: a label a sample, and each with means known before."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(samples, number, generator=generator).to(DTYPES[dtype])
+    known = torch.zeros(2, number, dtype=torch.float64)
+    for labels in (torch.arange(samples) % number, logits > 0):
+        each = labels.dim() == 2
+
+        def call(labels: Tensor = labels, known: Tensor | None = known if each else None) -> None:
+            first, second, _, slopes = balance_loss.balance_loss(logits, labels, known, True, -100)
+            balance_loss.balance_loss_backward(first, second, slopes, labels, -100, logits.dtype)
+
+        size = labels.element_size()
+        moves = balance_loss_moves(samples, number, logits.dtype, label_bytes=size, each=each, known=each)
+        name = f"{dtype}, {samples} samples, {number} labels, {'each' if each else 'one a sample'}"
+        yield Probe("balance_loss", name, call, moves)
 
 
 def _activations(

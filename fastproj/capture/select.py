@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 CAPTURED_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, nn.LayerNorm)
+CONV1D = "Conv1D"
 PARAMS = ("lora", "trainable")
 
 
@@ -64,12 +67,32 @@ def _why_not(module: nn.Module) -> str | None:
         return "DoRA normalises over the whole weight"
     if nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrised"
-    if type(module) not in CAPTURED_TYPES:
-        supported = ", ".join(kind.__name__ for kind in CAPTURED_TYPES)
+    if captured_kind(module) is None:
+        supported = ", ".join((*(kind.__name__ for kind in CAPTURED_TYPES), CONV1D))
         return f"{type(module).__name__} has trainable parameters; one pass captures {supported}"
     if isinstance(module, nn.Embedding) and (module.sparse or module.max_norm is not None):
         return "sparse gradients and max_norm are not captured"
     return None
+
+
+def captured_kind(module: nn.Module) -> str | None:
+    """The name of the captured type that a module is exactly, None for any other.
+
+    transformers, whose Conv1D is one, is not imported for it: where it is not loaded there is none.
+    """
+    own = type(module)
+    captured = own in CAPTURED_TYPES or own is _of_transformers("pytorch_utils", CONV1D)
+    return own.__name__ if captured else None
+
+
+def flattening_modules(model: nn.Module) -> tuple[str, ...]:
+    """Modules that call layers with the tokens of all samples as rows, sample after sample: blocks of OPT."""
+    block = _of_transformers("models.opt.modeling_opt", "OPTDecoderLayer")
+    return tuple(name for name, module in model.named_modules() if type(module) is block)
+
+
+def _of_transformers(file: str, name: str) -> Any:
+    return getattr(sys.modules.get(f"transformers.{file}"), name, None)
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastproj.capture.functions import CapturedEmbedding, CapturedLayerNorm, CapturedLinear, ForwardPass
+from fastproj.capture.functions import (
+    CapturedConv1D,
+    CapturedEmbedding,
+    CapturedLayerNorm,
+    CapturedLinear,
+    ForwardPass,
+)
 from fastproj.capture.select import Obstacle
 
-CAPTURED_NODES = {f"{f.__name__}Backward" for f in (CapturedLinear, CapturedEmbedding, CapturedLayerNorm)}
+_FUNCTIONS = (CapturedLinear, CapturedConv1D, CapturedEmbedding, CapturedLayerNorm)
+CAPTURED_NODES = {f"{function.__name__}Backward" for function in _FUNCTIONS}
 # Casts of a weight, as autocast makes them, stand between a parameter and its layer.
 TRANSPARENT_NODES = {"ToCopyBackward0"}
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Options under which a layer's change is no longer s·B·A, or not of a linear layer.
 _VARIANTS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "lora_bias", "monteclora_config",
@@ -29,12 +29,12 @@ def read_adapter(folder: Path, adapter: str | None) -> Iterator[tuple[str, Tenso
     """
     chosen = adapter_folder(folder, adapter)
     config = read_config(chosen)
-    tensors = _read_weights(chosen)
+    tensors = read_weights(chosen)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _FACTOR.match(key)
         if match is not None:
-            factors.setdefault(match["name"].removeprefix(_PREFIX), {})[match["factor"]] = tensor
+            factors.setdefault(match["name"].removeprefix(PREFIX), {})[match["factor"]] = tensor
         elif ".lora_" in key:
             raise ValueError(f"{chosen}: expected plain LoRA on linear layers, got {key!r}")
     if not factors:
@@ -87,7 +87,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors in an adapter's own folder.
+
+    Raises FileNotFoundError where there are none, ValueError for a pickle and a damaged file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -38,7 +38,8 @@ class EDGE:
         optimizer.step()
 
     Args:
-        model: a PEFT model, or any module with trainable Linear, Embedding and LayerNorm layers.
+        model: a PEFT model, or any module with trainable Linear, Embedding and LayerNorm layers and
+            transformers' Conv1D.
         alpha: strength of the projection.
         q: exponent of the GCE loss, in (0, 1].
         segments, variant: as in :func:`fastproj.edge`. ``"released"`` also scales the GCE loss by q, as

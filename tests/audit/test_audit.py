@@ -90,7 +90,7 @@ def test_readings_are_kept_and_used(first: subprocess.CompletedProcess[str], cac
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--operator", "nothing"), "expected some of ('combine', 'cross_entropy'"),
+        (("--operator", "nothing"), "expected some of ('balance_loss', 'combine'"),
         (("--target", "sm_1"), "expected some of ('sm_80', 'sm_90'"),
         (("--chip", "Z80"), "expected the name of a known chip (A100, H100"),
     ],

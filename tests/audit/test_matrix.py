@@ -22,7 +22,16 @@ from span_inputs import Family, families, random_sets
 import fastproj.kernels
 from fastproj.bench.audit.compilation import TARGETS, jobs, operators
 from fastproj.bench.traffic.recorder import Launch, observed_accesses
-from fastproj.kernels import combine, edge, gram, per_sample_grad, projected_adamw, sketch, weighted_grad
+from fastproj.kernels import (
+    balance_loss,
+    combine,
+    edge,
+    gram,
+    per_sample_grad,
+    projected_adamw,
+    sketch,
+    weighted_grad,
+)
 from fastproj.kernels._cases import CompileCase, every_pair
 
 KERNELS = Path(fastproj.kernels.__file__).parent
@@ -242,6 +251,25 @@ def test_launchers_of_sketches_choose_what_is_compiled(
     samples, positions, dimension = size
     with observed_accesses(lambda access: None, check):
         sketch.sketch([torch.ones(samples, positions, dtype=dtype)], dimension, 0, kind, 0)
+
+
+@interpreted
+@settings(max_examples=20)
+@given(
+    size=st.tuples(st.integers(1, 3), st.sampled_from([1, 32, 33, 256, 257, 1024, 1025])),
+    each=st.booleans(),
+    known=st.booleans(),
+    losses=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_launchers_of_the_balance_loss_choose_what_is_compiled(
+    size: tuple[int, int], each: bool, known: bool, losses: tuple[bool, bool]
+) -> None:
+    labels = torch.zeros(size if each else size[0], dtype=torch.int64)
+    means = torch.zeros(2, size[1], dtype=torch.float64) if known else None
+    with observed_accesses(lambda access: None, check):
+        *both, _, slopes = balance_loss.balance_loss(torch.ones(size), labels, means, True, -100)
+        grads = [loss if wanted else None for loss, wanted in zip(both, losses, strict=True)]
+        balance_loss.balance_loss_backward(*grads, slopes, labels, -100, torch.float32)
 
 
 def with_ones(launch: Launch) -> Launch:

@@ -16,12 +16,12 @@ from rich.console import Console
 from triton.runtime.errors import OutOfResources
 
 from fastproj.bench.harness import session
+from fastproj.bench.harness.case import Case, WrongResultError
 from fastproj.bench.harness.clock import CudaClock
 from fastproj.bench.harness.gate import GateRefusedError, GateResult
 from fastproj.bench.harness.measure import copy_subject
 from fastproj.bench.harness.record import Record, read_record, write_record
 from fastproj.bench.harness.session import Options, take
-from fastproj.bench.harness.suites import Case, WrongResultError
 from fastproj.bench.harness.tables import show_record
 from fastproj.bench.traffic.chips import CHIPS
 from fastproj.bench.traffic.models import Traffic

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import fastproj
 from fastproj.bench.harness import suites
-from fastproj.bench.harness.suites import SUITES, WrongResultError, cases, select_workloads
+from fastproj.bench.harness.case import WrongResultError
+from fastproj.bench.harness.suites import SUITES, cases, select_workloads
 from fastproj.bench.traffic.workloads import WORKLOADS
 from fastproj.bindings import OPERATORS
 
@@ -86,7 +87,8 @@ def test_one_wrong_element_is_told(suite: str, value: float, monkeypatch: pytest
         result = real(*arguments, **options)
         out = arguments[0] if suite == "edge" else options.get("out", result)
         out = arguments[2] if suite == "projected_adamw" else out
-        out = out.losses.detach() if suite == "cross_entropy" else out
+        field = {"cross_entropy": "losses", "balance_loss": "discrimination"}.get(suite)
+        out = getattr(out, field).detach() if field else out
         tensor = out if isinstance(out, Tensor) else out[-1]
         tensor.view(-1)[-1] += value * tensor.abs().max()
         return result

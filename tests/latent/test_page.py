@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_text
 import torch
-from chromium import Chromium, find_chromium
+from chromium import CONTRASTS, Chromium, find_chromium
 from planted_direction import planted
 
 pytest.importorskip("jinja2")
@@ -229,38 +229,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
         pytest.skip("there is no Chromium on this machine")
     with Chromium(str(find_chromium()), tmp_path_factory.mktemp("profile")) as browser:
         yield browser
-
-
-# The contrast of each text with what lies behind it, by WCAG 2.2; backgrounds are opaque or none.
-CONTRASTS = """
-(() => {
-  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const pixel = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return canvas.getImageData(0, 0, 1, 1).data;
-  };
-  const light = (colour) => {
-    const [r, g, b] = [...pixel(colour)].map((c) => c / 255)
-      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if (pixel(colour)[3] === 255) return colour;
-    }
-    return 'white';
-  };
-  const found = [];
-  for (const element of document.querySelectorAll('main *')) {
-    const written = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (element.closest('svg') || !written) continue;
-    const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.outerHTML.slice(0, 80)]);
-  }
-  return found;
-})()
-"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
