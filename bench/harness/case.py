@@ -14,7 +14,7 @@ from fastproj.bench.workloads import Shape
 
 # fp32 sums over blocks of thousands of products; a coefficient, two or three products and their sum.
 SUMMED, ROUNDED = 1e-5, 8 * torch.finfo(torch.float32).eps
-CHECKED_SAMPLES = 3
+CHECKED_SAMPLES, CHECKED_SHARDS = 3, 4
 
 
 class WrongResultError(RuntimeError):

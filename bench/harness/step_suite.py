@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fastproj
+from fastproj.bench.harness.case import CHECKED_SHARDS, ROUNDED, Case, gradients, require_close
 from fastproj.bench.harness.clock import Subject
-from fastproj.bench.harness.suites import CHECKED_SHARDS, ROUNDED, Case, gradients, require_close
 from fastproj.bench.traffic.models import OPERATORS as MODELS
 from fastproj.bench.traffic.moves import DTYPES
 from fastproj.bench.traffic.projected_adamw import STATE

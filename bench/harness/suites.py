@@ -12,6 +12,7 @@ from torch import Tensor
 import fastproj
 from fastproj.bench.harness.case import (
     CHECKED_SAMPLES,
+    CHECKED_SHARDS,
     ROUNDED,
     SUMMED,
     Case,
@@ -20,6 +21,7 @@ from fastproj.bench.harness.case import (
 )
 from fastproj.bench.harness.clock import Subject
 from fastproj.bench.harness.losses import balance_loss_case, cross_entropy_case
+from fastproj.bench.harness.step_suite import step_case
 from fastproj.bench.traffic.contraction import per_sample_grad_call, weighted_grad_call
 from fastproj.bench.traffic.influence import REFERENCES, per_sample_influence_call
 from fastproj.bench.traffic.models import OPERATORS as MODELS
@@ -50,7 +52,7 @@ SUMS = 2
 ALPHA = 1e-3
 QUICK_SAMPLES, QUICK_TOKENS = 2, 128
 # Tokens enough for partial results, which the timed calls take too.
-CHECKED_SHARDS, CHECKED_TOKENS = 4, 400
+CHECKED_TOKENS = 400
 CHECKED_POSITIONS = 1500
 
 
@@ -92,8 +94,6 @@ def cases(suites: Sequence[str], workloads: Sequence[Workload], device: str) -> 
             elif suite == "sketch":
                 yield sketch_case(workload, device)
             elif suite == "projected_adamw":
-                from fastproj.bench.harness.step_suite import step_case
-
                 yield step_case(workload, device)
             else:
                 case = influence_case if suite == "per_sample_influence" else contraction_case
