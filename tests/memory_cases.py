@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 
 import torch
-from memory_checker import Guards, Observation, checked
-from span_inputs import DTYPES, random_sets
+from memory_case import ALIGNED, LAYOUTS, UNALIGNED, Case, sets_of, with_outputs
+from memory_loss_cases import balance_loss_cases, cross_entropy_cases
+from span_inputs import DTYPES
 from torch import Tensor
 
-from fastproj.kernels.balance_loss import balance_loss, balance_loss_backward
 from fastproj.kernels.combine import combine
-from fastproj.kernels.cross_entropy import cross_entropy, cross_entropy_backward
 from fastproj.kernels.edge import edge
 from fastproj.kernels.gram import MOST_SETS, gram
 from fastproj.kernels.per_sample_grad import per_sample_grad
@@ -53,73 +51,6 @@ SUBSPACES = (
 LAYERS = ((1, 1, 1, 1), (3, 1, 5, 3), (2, 37, 40, 8), (5, 33, 7, 30), (2, 520, 40, 8), (1, 35, 130, 70))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where inputs lie: elements off their alignment (each ``every``-th of them), elements between rows."""
-
-    name: str
-    offset: int = 0
-    every: int = 1
-    gap: int = 0
-
-    def place(self, tensors: Sequence[Tensor], guards: Guards) -> list[Tensor]:
-        return [
-            guards.place(tensor, offset=self.offset if i % self.every == 0 else 0, gap=self.gap)
-            for i, tensor in enumerate(tensors)
-        ]
-
-
-ALIGNED, UNALIGNED = Layout("aligned"), Layout("unaligned", offset=1)
-LAYOUTS = (ALIGNED, UNALIGNED, Layout("every third unaligned", offset=1, every=3), Layout("gaps", gap=5))
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A launcher's call over inputs: its results, among them what it wrote in place."""
-
-    name: str
-    inputs: Callable[[], list[Tensor]]
-    run: Callable[[list[Tensor]], list[Tensor]]
-    layout: Layout
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.layout.name}".replace(" ", "_")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The results over plain tensors and over guarded ones, and what the checker saw of the latter.
-
-    Both lie alike, as sums of aligned tensors take an order of their own.
-    """
-
-    plain: list[Tensor]
-    guarded: list[Tensor]
-    seen: Observation
-
-
-@cache
-def outcome(case: Case) -> Outcome:
-    """Run once over fresh tensors and once under the checker; both files of tests read it."""
-    plain = case.run(case.layout.place(case.inputs(), Guards(poisoned=False)))
-    guards = Guards()
-    placed = case.layout.place(case.inputs(), guards)
-    guarded, seen = checked(lambda: case.run(placed), placed, guards)
-    return Outcome(plain, guarded, seen)
-
-
-def _sets(num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [shard for shards in random_sets(num_sets, shapes, dtypes) for shard in shards]
-
-
-def _with_outputs(
-    num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
-) -> list[Tensor]:
-    """The sets, and outputs of NaN for them: an element that nobody writes shows."""
-    sets = _sets(num_sets, shapes, dtypes)
-    return sets + [torch.full_like(shard, torch.nan) for shard in sets[: len(shapes)]]
-
-
 def _gram(num_sets: int, plan: Segmentation, tensors: list[Tensor]) -> list[Tensor]:
     return [gram(tensors, num_sets, plan.first, plan.rows, plan.count)]
 
@@ -155,8 +86,8 @@ def span_cases() -> Iterator[Case]:
             continue
         name, dtypes = signatures[len(DTYPES) if turn else (i + j) % len(DTYPES)]
         plan, kind = _plan(SHAPES, segments), "ids" if isinstance(segments, tuple) else segments
-        sets = partial(_sets, 2, SHAPES, dtypes)
-        outputs = partial(_with_outputs, 2, SHAPES, dtypes)
+        sets = partial(sets_of, 2, SHAPES, dtypes)
+        outputs = partial(with_outputs, 2, SHAPES, dtypes)
         if not turn:
             yield Case(f"gram {kind} {name}", sets, partial(_gram, 2, plan), layout)
         if turn or j in {i, (i + 1) % len(LAYOUTS)}:
@@ -165,7 +96,7 @@ def span_cases() -> Iterator[Case]:
         yield Case(f"combine {kind} {name}", outputs, partial(_combine, 2, plan), layout)
     for num_sets, segments in product((1, 3, MOST_SETS, MOST_SETS + 1), ("global", "row")):
         shapes = FEW if num_sets <= 3 else SMALL
-        plan, sets = _plan(shapes, segments), partial(_sets, num_sets, shapes, MIXED)
+        plan, sets = _plan(shapes, segments), partial(sets_of, num_sets, shapes, MIXED)
         name = f"{num_sets} sets {segments}"
         yield Case(f"gram of {name}", sets, partial(_gram, num_sets, plan), UNALIGNED)
         yield Case(f"combine in place {name}", sets, partial(_combine, num_sets, plan), LAYOUTS[2])
@@ -173,7 +104,7 @@ def span_cases() -> Iterator[Case]:
     for number, (variant, segments, layout) in enumerate(edges):
         # A third of them meets every variant, segmentation and layout; "released" knows rows alone.
         if number % 3 == 1 and (variant, segments) != ("released", "tensor"):
-            plan, sets = _plan(FEW, segments), partial(_sets, 2, FEW, (torch.float32,))
+            plan, sets = _plan(FEW, segments), partial(sets_of, 2, FEW, (torch.float32,))
             yield Case(f"edge in place {variant} {segments}", sets, partial(_edge, variant, plan), layout)
 
 
@@ -195,7 +126,7 @@ def step_cases() -> Iterator[Case]:
 
 def _state(num_sets: int, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """The sets, then p, m and v."""
-    lists = _sets(num_sets + 3, shapes, dtypes)
+    lists = sets_of(num_sets + 3, shapes, dtypes)
     n = len(shapes)
     return [*lists[:-n], *(square.abs() for square in lists[-n:])]
 
@@ -280,7 +211,7 @@ def sketch_cases() -> Iterator[Case]:
         dtype, kind = DTYPES[(i + j) % len(DTYPES)], kinds[(2 * i + j) % len(kinds)]
         yield Case(
             f"sketch {kind} {'x'.join(map(str, size))} {str(dtype).removeprefix('torch.')}",
-            partial(_sets, 1, [(samples, positions)], (dtype,)),
+            partial(sets_of, 1, [(samples, positions)], (dtype,)),
             partial(_sketch, dimension, kind),
             layout,
         )
@@ -294,7 +225,7 @@ def structured_sketch_cases() -> Iterator[Case]:
         for dtype in (DTYPES[i], torch.float64):
             yield Case(
                 f"sketch {kind} {samples}x{positions}x{dimension} {str(dtype).removeprefix('torch.')}",
-                partial(_sets, 1, [(samples, positions)], (dtype,)),
+                partial(sets_of, 1, [(samples, positions)], (dtype,)),
                 partial(_sketch, dimension, kind),
                 layout,
             )
@@ -302,75 +233,6 @@ def structured_sketch_cases() -> Iterator[Case]:
 
 def _sketch(dimension: int, kind: str, tensors: list[Tensor]) -> list[Tensor]:
     return [sketch(tensors, dimension, 7, kind, 5)]
-
-
-# (samples, tokens, classes): two classes, less than a vector, tails of vectors, more than a program's turn.
-LOGITS = ((3, 1, 2), (2, 3, 7), (2, 2, 33), (2, 3, 4099))
-
-
-def cross_entropy_cases() -> Iterator[Case]:
-    """Losses and gradients, with and without labels to ignore, and smoothed."""
-    for (i, shape), (j, layout) in product(enumerate(LOGITS), enumerate(LAYOUTS)):
-        dtype = DTYPES[(i + j) % len(DTYPES)]
-        yield Case(
-            f"cross_entropy {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}",
-            partial(_sets, 1, [shape], (dtype,)),
-            partial(_cross_entropy, 0.1 * (i % 2), j % 2),
-            layout,
-        )
-
-
-def _cross_entropy(smoothing: float, ignored: int, tensors: list[Tensor]) -> list[Tensor]:
-    """Statistics and the gradient of the losses' sum; labels are 0, 1, 0, 1 …"""
-    (logits,) = tensors
-    labels = torch.arange(logits.shape[0] * logits.shape[1]).remainder(2).view(logits.shape[:2])
-    # There is no label of 2: nothing is ignored then.
-    options = (1 if ignored else 2, smoothing)
-    losses, own, *statistics = cross_entropy(logits, labels, *options)
-    ones = torch.ones_like(losses)
-    return [losses, own, *statistics, cross_entropy_backward(ones, logits, labels, *statistics, *options)]
-
-
-# (samples, labels): one of each, tails of tiles, a full one, several turns of samples, more labels than one.
-LABELLED = ((1, 1), (5, 3), (40, 32), (19, 257), (3, 1030))
-
-
-def balance_loss_cases() -> Iterator[Case]:
-    """Losses and gradients: a label a sample or for each, with known means in half of them."""
-    for (i, size), (j, layout) in product(enumerate(LABELLED), enumerate(LAYOUTS)):
-        dtype, each = DTYPES[(i + j) % len(DTYPES)], (i + j) % 2 == 1
-        yield Case(
-            f"balance_loss {'x'.join(map(str, size))} {'each' if each else 'one'}, {dtype}".replace(
-                "torch.", ""
-            ),
-            partial(_logits_and_means, size, dtype, i % 2 == 1),
-            partial(_balance_loss, each),
-            layout,
-        )
-
-
-def _logits_and_means(size: tuple[int, int], dtype: torch.dtype, known: bool) -> list[Tensor]:
-    """Logits, and means of which some are known."""
-    means = torch.full((2, size[1]), torch.nan, dtype=torch.float64)
-    means[:, ::2] = 0.5
-    return [*_sets(1, [size], (dtype,)), *([means] if known else [])]
-
-
-def _balance_loss(each: bool, tensors: list[Tensor]) -> list[Tensor]:
-    """Losses, means, slopes and the gradient of the losses' sum; NaN of no mean made a number.
-
-    The last sample has labels that do not count.
-    """
-    logits, *known = tensors
-    if each:
-        labels = torch.arange(logits.numel()).view(logits.shape).remainder(2).to(torch.int8)
-    else:
-        labels = torch.arange(logits.shape[0]).remainder(logits.shape[1])
-    labels[-1] = -100
-    *losses, means, slopes = balance_loss(logits, labels, known[0] if known else None, True, -100)
-    ones = [torch.ones_like(loss) for loss in losses]
-    grad = balance_loss_backward(*ones, slopes, labels, -100, logits.dtype)
-    return [*losses, means.nan_to_num(-1.0), slopes, grad]
 
 
 def subspace_cases() -> Iterator[Case]:
@@ -390,7 +252,7 @@ def _subspaces(left: bool, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Shards, outputs of NaN for them, and a basis (k, d) for each."""
     sizes = [(vectors, length) for vectors, length, _ in SUBSPACES]
     shapes = [(length, vectors) if left else (vectors, length) for vectors, length in sizes]
-    sets = _with_outputs(1, shapes, dtypes)
+    sets = with_outputs(1, shapes, dtypes)
     generator = torch.Generator().manual_seed(2)
     return sets + [
         orthonormalize(torch.randn(length, rank, generator=generator)).matrix.mT

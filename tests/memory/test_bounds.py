@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from memory_cases import CASES, Case, outcome
+from memory_case import Case, outcome
+from memory_cases import CASES
 from memory_checker import GUARD_BYTES, Guards, checked, regions
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
