@@ -67,9 +67,18 @@ def report(folder: Path) -> None:
         del record["scores"]
     others = [record for record in flat if "arm" not in record]
     write_atomically(
-        folder / "report.json", json.dumps({"runs": kept, "choices": others}, ensure_ascii=False)
+        folder / "report.json", json.dumps(_short({"runs": kept, "choices": others}), ensure_ascii=False)
     )
     write_atomically(folder / "report.md", summary(runs, others))
+
+
+def _short(value: Any) -> Any:
+    """The same with every number to five digits."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def adjusted(record: Mapping[str, Any]) -> Record:
