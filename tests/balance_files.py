@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_text
-from click.testing import Result
-from typer.testing import CliRunner
-
-from fastproj.cli import app
+from command_line import run
 
 PEOPLE = {"man": "rich", "woman": "poor", "cook": "kind", "fox": "rich"}
 LABELS = ("rich", "poor", "kind")
@@ -80,19 +77,6 @@ def written(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """The rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refusal(*arguments: object) -> str:
-    """What a command that is used wrongly says, which must be one line."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(told) == 1, result.stderr
-    return told[0]
 
 
 def report(*arguments: object) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tiny_text
 import torch
-from balance_files import LABELS, TEXTS, Files, make_files, refusal, repeated, report, run, written
+from balance_files import LABELS, TEXTS, Files, make_files, repeated, report, written
+from command_line import refusal, run
 from peft import PeftModel
 from safetensors.torch import load_file
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tiny_text
 import torch
-from balance_files import LABELS, TEXTS, Files, make_files, refusal, repeated, report, run, written
+from balance_files import LABELS, TEXTS, Files, make_files, repeated, report, written
+from command_line import refusal, run
 
 import fastproj
 from fastproj.balance.naive_interchange import naive_interchange

@@ -8,13 +8,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import page_reader
 import pytest
 import torch
 from chromium import CONTRASTS, Chromium, find_chromium
+from page_reader import Reader
 from rich.console import Console
 
 pytest.importorskip("jinja2")
@@ -38,33 +39,8 @@ from fastproj.balance.metrics import classification
 from fastproj.balance.page import BAR, exit_pictures, label_rows, number, render_page
 from fastproj.latent.findings import shown
 
-HOSTILE = (
-    "</style></details><script>window.owned = 1</script>",
-    "<img src=x onerror='window.owned = 1'>",
-    "{{ 7 * 7 }} {% raw %} &lt;b&gt; ' \" ` ${1}",
-    "\u2028\x00\ud800\u202eabc\x1b[31m\r\n",
-    r"$\frac{1}{$ and $x^2$ [bold]",
-)
+HOSTILE = (*page_reader.HOSTILE, r"$\frac{1}{$ and $x^2$ [bold]")
 LAYERS, SAMPLES = 5, 6
-
-
-class Reader(HTMLParser):
-    """Tags in order, and what a reader sees."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[dict[str, str | None]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes.append(dict(attrs))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def read(page: str) -> str:

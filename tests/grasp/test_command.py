@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import tiny_text
 import torch
-from click.testing import Result
+from command_line import refusal, run
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import fastproj
 from fastproj.bias_diff.perplexity import perplexity
 from fastproj.bias_diff.records import read_records
-from fastproj.cli import app
 from fastproj.grasp.arms import METHODS
 from fastproj.grasp.example import write_example
 from fastproj.grasp.measure import measure
@@ -66,19 +64,6 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Files(folder / "model", data, request.param)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refusal(*arguments: object) -> str:
-    """What a command that is used wrongly says, which must be one line."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(told) == 1, result.stderr
-    return told[0]
 
 
 def report(*arguments: object) -> dict[str, Any]:

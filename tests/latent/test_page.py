@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import tiny_text
 import torch
 from chromium import CONTRASTS, Chromium, find_chromium
+from page_reader import HOSTILE, Reader
 from planted_direction import planted
 
 pytest.importorskip("jinja2")
@@ -21,32 +21,7 @@ from fastproj.latent.describe import Description, Direction, Sentence, Token
 from fastproj.latent.findings import Findings, grid, in_order, places, shown, verdict
 from fastproj.latent.page import BAR, OPEN, bars, panels, render_page
 
-HOSTILE = (
-    "</style></details><script>window.owned = 1</script>",
-    "<img src=x onerror='window.owned = 1'>",
-    "{{ 7 * 7 }} {% raw %} &lt;b&gt; ' \" ` ${1}",
-    "\u2028\x00\ud800\u202eabc\x1b[31m\r\n",
-)
 WIDTH = 32
-
-
-class Reader(HTMLParser):
-    """Tags in order, and what a reader sees."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[dict[str, str | None]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes.append(dict(attrs))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def found(text: str = "plain", *, pool: str = "stream", rank: int = 2, draws: int = 5) -> Findings:
