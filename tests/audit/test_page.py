@@ -224,9 +224,11 @@ def test_every_point_stands_on_a_roof_that_is_drawn(chip: Chip) -> None:
     for workload in WORKLOADS.values():
         for model in OPERATORS.values():
             traffic = model(workload)
-            assert traffic.rate in ROOFS
             made = traffic_row(traffic, chip)
-            roof = min(intensity(made) * chip.memory_bytes_per_second, chip.matrix_flops[traffic.rate])
+            slope, flat = intensity(made) * chip.memory_bytes_per_second, chip.matrix_flops[traffic.rate]
+            roof = min(slope, flat)
+            # The memory's slope is everybody's; of flat parts there are only these.
+            assert traffic.rate in ROOFS or slope < flat
             # Two divisions and two products in fp64.
             assert attainable(made) == pytest.approx(roof, rel=1e-12)
 
