@@ -84,10 +84,23 @@ def implementation(operator: str, device_type: str) -> Callable[..., Any]:
     return function
 
 
+def _outside_autocast(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        if not torch.is_autocast_enabled(device_type):
+            return function(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
 def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operator whose one body serves every device, with its meta function."""
+    """Register an operator whose one body serves every device, with its meta function.
+
+    The body runs outside of autocast, which would round the products that some are made of.
+    """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, function, key)
+        LIBRARY.impl(name, _outside_autocast(function, key.lower()), key)
     torch.library.register_fake(f"fastproj::{name}", fake, lib=LIBRARY)

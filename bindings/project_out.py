@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -158,21 +157,13 @@ def from_reference(
         target.copy_(value)
 
 
-def _run(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool, out: list[Tensor]) -> None:
-    """The device's implementation, outside of autocast, which would round the products that it is made of."""
-    kind = shards[0].device.type
-    outside = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    with outside:
-        implementation("project_out", kind)(shards, bases, owner, left, out)
-
-
 def _dispatch_in_place(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool) -> None:
-    _run(shards, bases, owner, left, shards)
+    implementation("project_out", shards[0].device.type)(shards, bases, owner, left, shards)
 
 
 def _dispatch(shards: list[Tensor], bases: list[Tensor], owner: list[int], left: bool) -> list[Tensor]:
     out = _fake(shards, bases, owner, left)
-    _run(shards, bases, owner, left, out)
+    implementation("project_out", shards[0].device.type)(shards, bases, owner, left, out)
     return out
 
 
