@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from chromium import Chromium, find_chromium
 from hypothesis import HealthCheck, settings
 
 # triton reads this once, when it is imported; importing torch does not import triton.
@@ -40,3 +42,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that can only run on a GPU are skipped elsewhere."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA or ROCm device")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """A browser for the pages of a module, where there is one."""
+    binary = find_chromium()
+    if binary is None:
+        pytest.skip("there is no Chromium on this machine")
+    with Chromium(binary, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

@@ -13,9 +13,10 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastproj.bias_diff.records import Records
 
@@ -86,6 +87,19 @@ def smollm2(cache: Path | None = None) -> Path:
     if not (folder / "config.json").is_file():
         convert_smollm2(find_smollm2(), folder)
     return folder
+
+
+def smollm2_loader(cache: Path | None = None) -> Callable[[], tuple[Any, Any]]:
+    """What gives the model of :func:`smollm2`, in evaluation mode, and its tokenizer, anew at each call."""
+    folder = smollm2(cache)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load() -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+    return load
 
 
 def convert_smollm2(file: Path, folder: Path) -> None:

@@ -42,6 +42,15 @@ class Moments:
         return self.high_z > self.low_z
 
     @property
+    def squares(self) -> Tensor:
+        """``square_x``. ValueError where it was not kept."""
+        if self.square_x is None:
+            raise ValueError(
+                "expected moments of pairs of features, got those of each with the concepts alone"
+            )
+        return self.square_x
+
+    @property
     def exact(self) -> Moments:
         """The same without the rounding that means left in the second moments of what is constant."""
         x, z = self.varies_x.to(self.cross.dtype), self.varies_z.to(self.cross.dtype)

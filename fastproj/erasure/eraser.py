@@ -96,7 +96,7 @@ class Eraser(ABC):
             raise ValueError(f"side must be one of {tuple(SIDE_OF)}, got {side!r}")
         weight, bias = linear.weight, linear.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
-        shift = None if self.mean is None else self._shift(weight.device, wide)
+        shift = None if self.mean is None else self._shift(self.mean, weight.device, wide)
         if side == "read" and shift is not None:
             _check_width(linear.in_features, self.dimension, "reads")
             shift = weight.to(wide) @ shift
@@ -128,11 +128,10 @@ class Eraser(ABC):
 
         return read(Path(path))
 
-    def _shift(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _shift(self, mean: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """``L Rᵀ μ``, (d,), rounded once."""
-        assert self.mean is not None
-        left, right, mean = self.left.double(), self.right.double(), self.mean.double()
-        return (left @ (right.mT @ mean)).to(device, dtype)
+        left, right = self.left.double(), self.right.double()
+        return (left @ (right.mT @ mean.double())).to(device, dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,10 +100,10 @@ def nullspace_projection(x: Tensor, classifier: Classifier, iterations: int) -> 
 
 def _least_squares(fitted: Moments, iterations: int, tolerance: float) -> Tensor:
     """The directions (d, k), in coordinates along the eigenvectors of Σ_xx, where it is diagonal."""
-    assert fitted.square_x is not None
-    largest = fitted.square_x.diagonal().max()
+    squares = fitted.squares
+    largest = squares.diagonal().max()
     scale = torch.where(largest > 0, largest, 1.0)
-    values, vectors = torch.linalg.eigh(fitted.square_x / scale)
+    values, vectors = torch.linalg.eigh(squares / scale)
     kept = values > values[-1] * len(values) * _SLACK * torch.finfo(torch.float64).eps
     kept &= values > 0
     values, vectors = values[kept], vectors[:, kept]

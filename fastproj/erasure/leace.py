@@ -73,8 +73,7 @@ class LEACE(Fitter):
 
 def _factors(fitted: Moments, shrinkage: bool, tolerance: float) -> tuple[Tensor, Tensor]:
     """L and R, (d, k) each, columns of L of unit length, ``RᵀL = I``."""
-    assert fitted.square_x is not None
-    covariance = fitted.square_x / fitted.count
+    covariance = fitted.squares / fitted.count
     if bool(((covariance.diagonal() == 0) & fitted.varies_x).any()):
         raise ValueError("expected features whose variance fp64 can hold, got a spread below 1e-161")
     if shrinkage:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import page_reader
 import pytest
 import torch
-from chromium import CONTRASTS, Chromium, find_chromium
+from chromium import CONTRASTS, Chromium
 from page_reader import Reader
 from rich.console import Console
 
@@ -242,14 +241,6 @@ def test_a_terminal_gets_text_without_control_characters(hostile: str) -> None:
     told = console.file.getvalue()
     assert shown(hostile) in told
     assert not set(told) & set("\x1b\x00\u202e")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if find_chromium() is None:
-        pytest.skip("there is no Chromium on this machine")
-    with Chromium(str(find_chromium()), tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,9 +19,7 @@ from fastproj.balance.study import arms, command, runs, summary
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch)
-    monkeypatch.setattr(command, "_loader", lambda folder: load)
-    (tmp_path / "smollm2").mkdir()
-    (tmp_path / "smollm2" / "config.json").touch()
+    monkeypatch.setattr("fastproj.bias_diff.sources.smollm2_loader", lambda cache: load)
 
 
 def run(*arguments: str) -> Any:

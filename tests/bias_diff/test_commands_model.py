@@ -12,16 +12,14 @@ import pytest
 import tiny_text
 import torch
 from bias_diff_files import PROBE, Files, make_files
-from click.testing import Result
+from command_line import refusal, run
 from peft import PeftModel
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from fastproj.bias_diff.npo import sequence_log_probabilities
 from fastproj.bias_diff.perplexity import perplexity
 from fastproj.bias_diff.records import read_records
 from fastproj.bias_diff.seat import read_seat_test, seat
-from fastproj.cli import app
 from fastproj.influence.scores import Scores
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,23 +48,10 @@ def scores(files: Files, tmp_path: Path) -> Path:
     return tmp_path / "scores.parquet"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def succeed(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def refusal(*arguments: object) -> str:
-    """What a command that is used wrongly says, which must be one line."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(told) == 1, result.stderr
-    return told[0]
 
 
 def unlearning(files: Files, selection: Path, output: Path, *more: object) -> list[object]:

@@ -147,9 +147,7 @@ def test_rankings_are_those_of_the_scorer() -> None:
 
 
 def test_a_study_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "_loader", lambda folder: load)
-    (tmp_path / "smollm2").mkdir()
-    (tmp_path / "smollm2" / "config.json").touch()
+    monkeypatch.setattr("fastproj.bias_diff.sources.smollm2_loader", lambda cache: load)
     import typer
 
     app = typer.Typer()
@@ -180,7 +178,7 @@ def test_a_study_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, 
                 assert 0 <= quality["auc"] <= 1
                 assert quality["coverage"] == sorted(quality["coverage"])
     assert set(record["debiased"][0]["models"]) >= {"pretrained", "fine-tuned on all", "unlearned by NPO"}
-    monkeypatch.setattr(command, "_loader", lambda folder: pytest.fail)
+    monkeypatch.setattr("fastproj.bias_diff.sources.smollm2_loader", lambda cache: pytest.fail)
     (tmp_path / "out" / "report.md").unlink()
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert again.exit_code == 0

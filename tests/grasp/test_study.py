@@ -125,9 +125,7 @@ def run(arguments: list[str]) -> Any:
 
 @pytest.mark.slow
 def test_a_study_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "_loader", lambda folder: load)
-    (tmp_path / "smollm2").mkdir()
-    (tmp_path / "smollm2" / "config.json").touch()
+    monkeypatch.setattr("fastproj.bias_diff.sources.smollm2_loader", lambda cache: load)
     out = tmp_path / "out"
     arguments = ["--seeds", "2", "--output", str(out), "--cache", str(tmp_path)]
     assert run([*arguments, "--setting", "topic"]).exit_code == 0
@@ -157,7 +155,7 @@ def test_a_study_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, 
             assert len(own[side]["validation"]) == evidence.CANDIDATES + 1
             assert sorted(own[side]["orders"]["share"]) == list(range(evidence.CANDIDATES))
             assert 0 <= own[side]["rank"] <= evidence.CANDIDATES
-    monkeypatch.setattr(command, "_loader", lambda folder: pytest.fail)
+    monkeypatch.setattr("fastproj.bias_diff.sources.smollm2_loader", lambda cache: pytest.fail)
     (out / "report.md").unlink()
     assert run(arguments).exit_code == 0
     assert (out / "report.md").read_text(encoding="utf-8") == report

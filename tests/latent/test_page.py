@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_text
 import torch
-from chromium import CONTRASTS, Chromium, find_chromium
+from chromium import CONTRASTS, Chromium
 from page_reader import HOSTILE, Reader
 from planted_direction import planted
 
@@ -196,14 +195,6 @@ def test_what_does_not_print_is_made_visible() -> None:
     assert shown("  ") == "␣␣"
     assert shown("\x1b[1m\n\u202e\ud800é漢") == "\\x1b[1m\\n\\u202e\\ud800é漢"
     assert shown("") == ""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if find_chromium() is None:
-        pytest.skip("there is no Chromium on this machine")
-    with Chromium(str(find_chromium()), tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -43,7 +43,7 @@ def main(
     from fastproj.balance.study.arms import MORE
     from fastproj.balance.study.runs import Session
     from fastproj.balance.study.settings import TASKS
-    from fastproj.bias_diff.sources import smollm2
+    from fastproj.bias_diff.sources import smollm2_loader
 
     chosen = list(task or TASKS)
     unknown = [name for name in chosen if name not in TASKS]
@@ -51,7 +51,7 @@ def main(
         raise typer.BadParameter(f"expected some of {', '.join(TASKS)}, got {unknown[0]}")
     torch.set_num_threads(threads)
     console = Console()
-    load = _loader(smollm2(cache))
+    load = smollm2_loader(cache)
     runs = {}
     for name in chosen:
         runs[name] = Runs(Session(name, load), seeds, output, console.print)
@@ -126,17 +126,6 @@ class Runs:
 
     def _path(self, task: str, what: str, seed: int) -> Path:
         return self._output / f"{task}-{seed}" / f"{what}.json"
-
-
-def _loader(folder: Path) -> Callable[[], tuple[Any, Any]]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def load() -> tuple[Any, Any]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-    return load
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def main(
     import torch
     from rich.console import Console
 
-    from fastproj.bias_diff.sources import smollm2
+    from fastproj.bias_diff.sources import smollm2_loader
     from fastproj.bias_diff.study.runs import debias, rank
     from fastproj.bias_diff.study.settings import SETTINGS
     from fastproj.bias_diff.study.summary import summary
 
     torch.set_num_threads(threads)
     console = Console()
-    load = _loader(smollm2(cache))
+    load = smollm2_loader(cache)
     settings = SETTINGS if setting is None else (setting,)
     ranked: dict[Path, dict[str, Any]] = {}
     measured: list[dict[str, Any]] = []
@@ -71,17 +71,6 @@ def _once(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         write_atomically(path, json.dumps(run(), indent=1))
     record: dict[str, Any] = json.loads(path.read_text())
     return record
-
-
-def _loader(folder: Path) -> Callable[[], tuple[Any, Any]]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def load() -> tuple[Any, Any]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(folder)
-
-    return load
 
 
 if __name__ == "__main__":

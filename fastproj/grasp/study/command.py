@@ -36,7 +36,7 @@ def main(
     import torch
     from rich.console import Console
 
-    from fastproj.bias_diff.sources import smollm2
+    from fastproj.bias_diff.sources import smollm2_loader
     from fastproj.grasp.study.runs import Session
     from fastproj.grasp.study.settings import SETTINGS
 
@@ -44,7 +44,7 @@ def main(
         raise typer.BadParameter(f"expected one of {', '.join(SETTINGS)}, got {setting}")
     torch.set_num_threads(threads)
     console = Console()
-    load = _loader(smollm2(cache))
+    load = smollm2_loader(cache)
     for name in SETTINGS if setting is None else (setting,):
         run_setting(Session(name, seeds, load, output), output, console.print)
     report(output)
@@ -97,17 +97,6 @@ def report(output: Path) -> None:
     everything = {"runs": runs, "identified": found}
     write_atomically(output / "report.json", json.dumps(everything, indent=1, ensure_ascii=False))
     write_atomically(output / "report.md", summary(runs, found))
-
-
-def _loader(folder: Path) -> Callable[[], tuple[Any, Any]]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def load() -> tuple[Any, Any]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-    return load
 
 
 if __name__ == "__main__":
